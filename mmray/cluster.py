@@ -1,0 +1,157 @@
+"""The Ray cluster a step runs on: the one given, or one of its own for as long as it lasts.
+
+`RAY_ADDRESS` (which `ray job submit` sets) names a running cluster; a process that is already connected stays so.
+Otherwise a local cluster starts, on the loopback interface only, and ends with the step. It is never joined by
+accident: a bare `ray.init()` would connect to whatever runs on the machine.
+"""
+
+import logging
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+import ray.data.exceptions
+import ray.exceptions
+
+from mmray.config import ScoreConfig
+from mmray.errors import EnvironmentFaultError, MmrayError
+from mmray.slices import Slice, slices_to_arrow
+
+MAX_RETRIES = 3  # of an actor and of a slice on it; Ray's own default is for ever
+MAX_BLOCKS = 4096  # of slices on their way through Ray Data
+RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
+SPARE_CPUS = 1  # Ray Data's own tasks need one: actors that hold every CPU starve them
+
+
+@contextmanager
+def cluster(num_cpus: int | None = None) -> Iterator[None]:
+    """Connects to a cluster for the duration of a `with` block.
+
+    Args:
+        num_cpus: CPUs that the step's own workers will hold on a local cluster; all of the machine's by default.
+
+    Raises:
+        EnvironmentFaultError: no cluster could be started or reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            _start_local((num_cpus or local_cpus()) + SPARE_CPUS)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise EnvironmentFaultError(
+            f"cannot {'reach the Ray cluster at ' + address if address else 'start Ray'}: {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def local_cpus() -> int:
+    """Returns the CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def map_slices(
+    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig
+) -> Iterator[dict[str, Any]]:
+    """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
+
+    Args:
+        slices: the work, at least one; each slice goes to one actor whole.
+        worker: class of the actors; called with a pyarrow table of one slice, as `slices_to_arrow` makes it.
+        arguments: of the worker's constructor.
+        options: size of the pool and its GPUs.
+    """
+    num_actors = min(options.num_actors or _pool_size(options.gpus_per_actor), len(slices))
+    rows = over_slices(
+        slices,
+        worker,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=1,
+        num_gpus=options.gpus_per_actor,
+        max_restarts=MAX_RETRIES,
+        max_task_retries=MAX_RETRIES,
+    )
+    yield from rows.iter_rows()
+
+
+def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray.data.Dataset:
+    """Returns the dataset of what a function makes of slices, one at a time and lazily.
+
+    Ray Data shows no progress and writes nothing to the terminal: ours stands there, and its errors come as exceptions.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    rows = ray.data.from_arrow(slices_to_arrow(slices)).repartition(min(len(slices), MAX_BLOCKS))
+    with warnings.catch_warnings():
+        # Retries have no named parameter yet, and their default is for ever.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return rows.map_batches(function, batch_size=1, batch_format="pyarrow", **placement)
+
+
+def _pool_size(gpus_per_actor: float) -> int:
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = max(int(resources.get("CPU", 1)) - SPARE_CPUS, 1)
+    return max(min(int(resources.get("GPU", 0) / gpus_per_actor), cpus), 1) if gpus_per_actor else cpus
+
+
+def unwrap(error: BaseException, what: str) -> MmrayError:
+    """Finds our own error inside the one that Ray raised for a remote failure, or says what failed in one line."""
+    pending, seen = [error], set[int]()
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, MmrayError):
+            # Ray derives a class of its own from ours for the error it carries; report the one that users know.
+            known = next(c for c in type(inner).__mro__ if c.__module__ == MmrayError.__module__)
+            assert issubclass(known, MmrayError)
+            return known(_message(inner))
+        seen.add(id(inner))
+        nested = [getattr(inner, "cause", None), inner.__cause__, inner.__context__]
+        nested += list((getattr(inner, "worker_failures", None) or {}).values())
+        pending += [e for e in nested if isinstance(e, BaseException) and id(e) not in seen]
+    return EnvironmentFaultError(f"{what} stopped: {_message(error)}; what is done is kept, run the same command again")
+
+
+def _message(error: BaseException) -> str:
+    """Returns the last line of a message: Ray puts the remote traceback before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return re.sub(r"^(\w+\.)+\w+: ", "", lines[-1])
+
+
+def _start_local(num_cpus: int) -> None:
+    # A local cluster asks for a token. Ray would write one into the home folder, and say so at length.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=_object_store_bytes(),
+    )
+
+
+def _object_store_bytes() -> int:
+    """Returns a third of the free memory, within bounds: scoring needs little, training keeps decoded rows there."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shared = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
+    room = min(free // 3, shared.f_bavail * shared.f_frsize * 9 // 10) if shared else free // 3
+    return max(min(room, 4 * 2**30), 100 * 2**20)

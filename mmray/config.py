@@ -1,0 +1,453 @@
+"""The whole configuration of a run, checked before anything starts.
+
+Reads a TOML file and `key=value` overrides -> gives one frozen `Config`; unknown keys are refused with the nearest
+right name. The same object is stored in the bundle, so weights never travel without the settings that made them.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmray.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TableConfig(Section):
+    """Which tables to train on, and which of their columns."""
+
+    train: str
+    """Training table: a parquet file, a folder of them, or a glob; a local path or a URI."""
+    validation: str | None = None
+    """Validation table; without one, `split_column` or `validation_fraction` decides."""
+    split_column: str | None = None
+    """Column whose values `train`, `validation` and `test` assign each row of `train`."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of training rows held out when neither `validation` nor `split_column` is given."""
+    image_column: str | None = "image_path"
+    """Column of image paths, URIs, bytes or {bytes, path} structs; empty for a text-only model."""
+    text_column: str | None = "text"
+    """Column of texts; empty for an image-only model."""
+    label_column: str = "label"
+    """Column of labels: strings, integers or booleans; lists for multilabel; numbers for regression."""
+    image_roots: tuple[str, ...] = ()
+    """Folders that image paths may lie in; without any, the table's own folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_means_none(cls, values: Any) -> Any:
+        # TOML has no null: an empty string switches a column off.
+        if isinstance(values, dict):
+            return {k: None if v == "" and k.endswith("_column") else v for k, v in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _one_modality_at_least(self) -> "TableConfig":
+        if self.image_column is None and self.text_column is None:
+            raise ValueError("image_column and text_column are both empty; keep at least one")
+        return self
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities in use, sorted by name."""
+        columns = {"image": self.image_column, "text": self.text_column}
+        return tuple(name for name in sorted(columns) if columns[name] is not None)
+
+
+class ImageConfig(Section):
+    """How bytes become pixels."""
+
+    size: int = Field(default=224, ge=16, le=1024)
+    """Side of the square that images are resized to, in pixels."""
+    max_bytes: int = Field(default=32 * 2**20, gt=0)
+    """Larger files are refused unread (TOO_LARGE_BYTES)."""
+    max_pixels: int = Field(default=50_000_000, gt=0)
+    """Larger images are refused undecoded (TOO_MANY_PIXELS)."""
+    max_side: int = Field(default=16_384, gt=0)
+    """Wider or taller images are refused undecoded (TOO_MANY_PIXELS)."""
+
+
+class TextConfig(Section):
+    """How a string becomes token ids."""
+
+    vocabulary_size: int = Field(default=10_000, ge=3)
+    """Most frequent words kept, the two reserved ids (padding, unknown) included."""
+    min_count: int = Field(default=1, ge=1)
+    """Rarer words are unknown words."""
+    max_tokens: int = Field(default=64, ge=1, le=4096)
+    """Tokens kept of each text."""
+    max_bytes: int = Field(default=65_536, ge=16)
+    """Texts are cut to this many UTF-8 bytes before tokenising."""
+    ngram_buckets: int = Field(default=0, ge=0)
+    """Hash buckets for character n-grams (fastText's subwords); 0 switches them off."""
+    ngram_min: int = Field(default=3, ge=1)
+    """Shortest character n-gram."""
+    ngram_max: int = Field(default=5, ge=1)
+    """Longest character n-gram."""
+    max_ngrams: int = Field(default=256, ge=1)
+    """Character n-grams kept of each text."""
+
+
+class CnnEncoderConfig(Section):
+    """Blocks of 3x3 convolution, ReLU and 2x2 pooling, then the global average."""
+
+    kind: Literal["cnn"] = "cnn"
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Output channels of each block."""
+    batch_norm: bool = True
+    """Normalise after each convolution."""
+
+
+class TorchvisionEncoderConfig(Section):
+    """A torchvision classification network without its last layer."""
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str = "mobilenet_v3_small"
+    """torchvision's name of the network."""
+    weights: str = "none"
+    """`none`, a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`), or a file with a state dict."""
+    freeze: bool = False
+    """Keep the network as it is and train only what follows it."""
+
+
+class RecurrentEncoderConfig(Section):
+    """Word embeddings, a recurrent layer, masked pooling over the tokens."""
+
+    kind: Literal["lstm", "gru", "rnn"] = "lstm"
+    embedding_dim: int = Field(default=128, ge=1)
+    """Width of a word vector."""
+    hidden_dim: int = Field(default=64, ge=1)
+    """Width of the recurrent state."""
+    bidirectional: bool = False
+    """Read the text in both directions."""
+    pooling: Literal["last", "max", "mean"] = "mean"
+    """What of the states over the tokens is kept."""
+    word_vectors: str | None = None
+    """Text file of `word v1 v2 ...` lines to start the embedding from."""
+
+
+class BagEncoderConfig(Section):
+    """The mean of the word embeddings: the strong plain baseline."""
+
+    kind: Literal["bag"] = "bag"
+    embedding_dim: int = Field(default=128, ge=1)
+    """Width of a word vector."""
+    word_vectors: str | None = None
+    """Text file of `word v1 v2 ...` lines to start the embedding from."""
+
+
+class WeightedSumConfig(Section):
+    """F = alpha * I + (1 - alpha) * T, renormalised over what is present."""
+
+    kind: Literal["weighted_sum"] = "weighted_sum"
+    alpha: Literal["fixed", "learned", "gated"] = "learned"
+    """One given number, one learned number, or one number per row from a gate."""
+    initial_alpha: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the image at the start (and for ever when fixed)."""
+
+
+class ConcatConfig(Section):
+    """A linear layer over the concatenated embeddings."""
+
+    kind: Literal["concat"] = "concat"
+
+
+class ConvConfig(Section):
+    """A one-dimensional convolution over the stacked embeddings."""
+
+    kind: Literal["conv"] = "conv"
+    channels: int = Field(default=16, ge=1)
+    """Filters of the convolution."""
+    kernel_size: int = Field(default=3, ge=1)
+    """Width of a filter along the embedding; odd."""
+
+    @model_validator(mode="after")
+    def _odd(self) -> "ConvConfig":
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        return self
+
+
+class AttentionConfig(Section):
+    """Multi-head self-attention over the embeddings as tokens."""
+
+    kind: Literal["attention"] = "attention"
+    num_heads: int = Field(default=4, ge=1)
+    """Heads; must divide `model.width`."""
+
+
+class BilinearConfig(Section):
+    """Low-rank bilinear product of the two embeddings."""
+
+    kind: Literal["bilinear"] = "bilinear"
+    rank: int = Field(default=64, ge=1)
+    """Rank of the product."""
+
+
+ImageEncoderConfig = Annotated[CnnEncoderConfig | TorchvisionEncoderConfig, Field(discriminator="kind")]
+TextEncoderConfig = Annotated[RecurrentEncoderConfig | BagEncoderConfig, Field(discriminator="kind")]
+FusionConfig = Annotated[
+    WeightedSumConfig | ConcatConfig | ConvConfig | AttentionConfig | BilinearConfig,
+    Field(discriminator="kind"),
+]
+
+
+class ModelConfig(Section):
+    """Encoders -> one width -> fusion -> head."""
+
+    width: int = Field(default=128, ge=1)
+    """Width that each encoder's output is projected to."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout before the head and on each projected embedding."""
+    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Chance per row and modality, while training, that a present modality is withheld."""
+    image_encoder: ImageEncoderConfig = CnnEncoderConfig()
+    """`kind = "cnn"` or `"torchvision"`."""
+    text_encoder: TextEncoderConfig = RecurrentEncoderConfig()
+    """`kind = "lstm"`, `"gru"`, `"rnn"` or `"bag"`."""
+    fusion: FusionConfig = WeightedSumConfig()
+    """`kind = "weighted_sum"`, `"concat"`, `"conv"`, `"attention"` or `"bilinear"`."""
+
+
+class BinaryConfig(Section):
+    """Two labels; binary cross-entropy with logits."""
+
+    kind: Literal["binary"] = "binary"
+    positive_label: str | None = None
+    """The label whose probability is the score; without one, the last in sorted order."""
+    loss: Literal["bce", "focal"] = "bce"
+    """Binary cross-entropy, or focal loss (Lin et al. 2017)."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """Focusing parameter of the focal loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each label by the inverse of its frequency."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread evenly over the labels."""
+
+
+class MulticlassConfig(Section):
+    """One of several labels; cross-entropy."""
+
+    kind: Literal["multiclass"] = "multiclass"
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """Cross-entropy, or focal loss (Lin et al. 2017)."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """Focusing parameter of the focal loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each label by the inverse of its frequency."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread evenly over the labels."""
+
+
+class MultilabelConfig(Section):
+    """Any number of labels; binary cross-entropy for each."""
+
+    kind: Literal["multilabel"] = "multilabel"
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each label's positives by the inverse of their frequency."""
+
+
+class RegressionConfig(Section):
+    """A number; beta times the squared error, or Huber's loss, on standardised targets."""
+
+    kind: Literal["regression"] = "regression"
+    loss: Literal["mse", "huber"] = "mse"
+    """Squared error, or Huber's."""
+    beta: float = Field(default=1.0, gt=0)
+    """Factor of the loss: L = beta * |F - Y|^2."""
+    huber_delta: float = Field(default=1.0, gt=0)
+    """Where Huber's loss turns from square to linear, in standard deviations of the target."""
+
+
+TaskConfig = Annotated[
+    BinaryConfig | MulticlassConfig | MultilabelConfig | RegressionConfig,
+    Field(discriminator="kind"),
+]
+
+
+class TrainConfig(Section):
+    """How long, how fast, and where to keep what is learned."""
+
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training rows."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per optimiser step over all workers together."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Adam, or Adam with decoupled weight decay."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 switches clipping off."""
+    auxiliary_weight: float = Field(default=0.0, ge=0)
+    """Weight of the loss of each modality alone, the others withheld, beside the fused loss."""
+    augment: bool = True
+    """Flip, shift, scale and turn training images a little."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better validation metric before training stops; 0 never stops early."""
+    seed: int = 0
+    """Seed of the initial weights, the order of rows and the augmentation."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training processes."""
+    use_gpu: bool = False
+    """One GPU per worker (nccl); otherwise CPUs (gloo)."""
+    cache_bytes: int = Field(default=4 * 2**30, ge=0)
+    """Decoded training rows up to this size stay in memory; larger tables are decoded each epoch."""
+    max_failures: int = Field(default=2, ge=0)
+    """Worker failures survived before the run stops."""
+    storage: str = "runs"
+    """Folder or URI for checkpoints and the bundle."""
+    name: str | None = None
+    """Name of the run below `storage`; without one, a digest of the configuration."""
+
+
+class Config(Section):
+    """Everything that decides what a model becomes."""
+
+    table: TableConfig
+    """Tables and columns."""
+    image: ImageConfig = ImageConfig()
+    """Image preprocessing."""
+    text: TextConfig = TextConfig()
+    """Text preprocessing."""
+    model: ModelConfig = ModelConfig()
+    """Encoders and fusion."""
+    task: TaskConfig = MulticlassConfig()
+    """`kind = "binary"`, `"multiclass"`, `"multilabel"` or `"regression"`."""
+    train: TrainConfig = TrainConfig()
+    """Optimisation and storage."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        fusion = self.model.fusion
+        if isinstance(fusion, AttentionConfig) and self.model.width % fusion.num_heads:
+            raise ValueError(
+                f"model.fusion.num_heads = {fusion.num_heads} does not divide model.width = {self.model.width}"
+            )
+        if self.text.ngram_max < self.text.ngram_min:
+            raise ValueError("text.ngram_max is smaller than text.ngram_min")
+        if self.train.precision == "fp16" and not self.train.use_gpu:
+            raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")
+        return self
+
+
+class ScoreConfig(Section):
+    """How a table is scored; only what may differ from run to run, for the rest is in the bundle."""
+
+    image_column: str | None = None
+    """Column of images; by default the one the model was trained on."""
+    text_column: str | None = None
+    """Column of texts; by default the one the model was trained on."""
+    image_roots: tuple[str, ...] = ()
+    """Folders or URIs that image paths may lie in; without any, the table's own folder."""
+    probabilities: bool = False
+    """Add the probability of every label."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the forward pass; auto takes bf16 where the hardware has it and the golden rows agree."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per forward pass; never changes a score by more than the stated tolerance."""
+    slice_rows: int | None = Field(default=None, ge=1)
+    """Rows per slice, the unit of work and commit; by default a 64th of the table, within bounds."""
+    num_actors: int | None = Field(default=None, ge=1)
+    """Scoring processes; by default one per CPU, or per GPU where `gpus_per_actor` is set."""
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    """GPUs each scoring process holds, or a fraction of one."""
+    decode_threads: int = Field(default=1, ge=1)
+    """Threads that decode images in each scoring process."""
+    max_error_rate: float = Field(default=1.0, ge=0, le=1)
+    """Share of rows that may fail before `_SUCCESS` is withheld (exit 6); by default any, each with its reason."""
+
+    def numeric_options(self) -> dict[str, Any]:
+        """Returns the settings that change what is written: part of the plan's identity."""
+        return self.model_dump(include={"image_column", "text_column", "image_roots", "probabilities", "precision"})
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies `section.key=value` overrides (values in TOML syntax, or bare strings).
+
+    Relative paths in `[table]` and `train.storage` are kept as written: they are relative to the working folder.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a key or value is wrong.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file at {path!r}; see jobs/configs/ for ready ones") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path!r}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}; a setting reads `key = value`") from None
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, path)
+
+
+def parse_config(raw: dict[str, Any], where: str) -> Config:
+    """Checks a plain mapping against the schema; `where` names its origin in messages."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set takes section.key=value, got {override!r}; for example --set train.epochs=3")
+    node = raw
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+    node[parts[-1]] = _parse_value(value.strip())
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string: --set model.fusion.kind=concat
+
+
+def _explain(item: Any, where: str) -> str:
+    # pydantic puts a union's tag into the location; it is not a key the user wrote.
+    tags = {"cnn", "torchvision", "lstm", "gru", "rnn", "bag", "weighted_sum", "concat", "conv", "attention"}
+    tags |= {"bilinear", "binary", "multiclass", "multilabel", "regression"}
+    location = [part for part in item["loc"] if part not in tags]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys([str(part) for part in item["loc"][:-1]])
+        return f"{where}: unknown key {key!r}{nearest(str(location[-1]), known)}"
+    if item["type"] == "missing":
+        return f"{where}: {key!r} is missing; add it"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+    return f"{where}: {key + ': ' if key else ''}{message}{got}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    """Returns the keys allowed at a location, whose parts are field names and union tags."""
+    sections: list[Any] = [Config]
+    for part in location:
+        annotations = [s.model_fields[part].annotation for s in sections if part in s.model_fields]
+        if annotations:
+            sections = list(next(get_args(a) or (a,) for a in annotations))
+        else:
+            sections = [s for s in sections if part in get_args(s.model_fields["kind"].annotation)]
+    return [name for section in sections for name in section.model_fields]

@@ -1,0 +1,1 @@
+"""The quick start: real data that comes with the package, and every step of mmray on it."""

@@ -1,0 +1,62 @@
+"""Every error a user can cause, as one tree; each message says what is wrong, what was got, and what to do.
+
+MmrayError                    exit 2
+├── ConfigError               exit 2   a setting is unknown, malformed or contradicts another
+├── TableError                exit 2   an input table or column is missing, empty or unreadable
+├── BundleError               exit 2   a bundle is damaged, of another version, or fails its golden rows
+├── OutputConflictError       exit 3   the output folder belongs to a different run
+├── VerifyError               exit 4   an output does not hold what its input promises
+├── EnvironmentFaultError     exit 5   the machine, cluster or store failed; the same command resumes
+└── ErrorBudgetError          exit 6   more rows failed than `--max-error-rate` allows
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmrayError(Exception):
+    """A mistake or fault that is reported in one line, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(MmrayError):
+    """A setting is unknown, malformed or contradicts another."""
+
+
+class TableError(MmrayError):
+    """An input table or column is missing, empty or unreadable."""
+
+
+class BundleError(MmrayError):
+    """A bundle is damaged, of another version, or does not reproduce its golden rows."""
+
+
+class OutputConflictError(MmrayError):
+    """The output folder belongs to a different run."""
+
+    exit_code = 3
+
+
+class VerifyError(MmrayError):
+    """An output does not hold what its input promises."""
+
+    exit_code = 4
+
+
+class EnvironmentFaultError(MmrayError):
+    """The machine, the cluster or the store failed; running the same command again resumes."""
+
+    exit_code = 5
+
+
+class ErrorBudgetError(MmrayError):
+    """More rows failed than the run allows; the data is kept, `_SUCCESS` is withheld."""
+
+    exit_code = 6
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` for the closest known name, or an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,254 @@
+"""The only inference path: a bundle and a table in, the table with its scores out. Knows nothing of Ray.
+
+Reads cells of images and texts -> gives one prediction per row, in order. A row's score does not depend on the batch,
+the order or the neighbours it comes with, within `TOLERANCE`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from mmray.bundle import Bundle
+from mmray.config import ScoreConfig
+from mmray.errors import BundleError, ConfigError
+from mmray.model.precision import Precision, autocast, resolve_precision
+from mmray.preprocess import Features, Preprocessor
+from mmray.preprocess.image import prepare_decoders
+from mmray.source import ImageSource
+from mmray.table import Fault, Reason, Status, cells, output_fields
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
+"""Largest difference of a probability (or of a standardised regression value) between machines and batch sizes."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of B rows."""
+
+    outputs: NDArray[np.float32]
+    """[B, K]: the probability of each label, or the value [B, 1] of a regression; NaN where nothing was present."""
+    present: Mapping[str, NDArray[np.bool_]]
+    """Modality -> [B]: whether it was used."""
+    faults: Mapping[str, Sequence[Fault | None]]
+    """Modality -> B entries: why it was not."""
+    image_weight: NDArray[np.float32] | None
+    """[B]: alpha of each row, where the fusion has one."""
+    alone: Mapping[str, NDArray[np.float32]]
+    """Modality -> [B, K]: the outputs with all other modalities withheld; empty unless asked for."""
+
+
+class Predictor:
+    """A bundle made ready on a device."""
+
+    def __init__(self, bundle: Bundle, source: ImageSource, options: ScoreConfig, device: str = "cpu") -> None:
+        """Loads the weights and rescores the golden rows.
+
+        Raises:
+            BundleError: the golden rows do not get their scores.
+            ConfigError: the device does not exist.
+        """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(
+                "a GPU was asked for and this machine has none that torch can use; set gpus_per_actor = 0"
+            )
+        self.bundle, self.options, self.device = bundle, options, device
+        self._model = bundle.build_model().to(device)
+        pool = ThreadPoolExecutor(options.decode_threads) if options.decode_threads > 1 else None
+        self._preprocess = Preprocessor(bundle.config, bundle.vocabulary, source, pool)
+        self._ahead = ThreadPoolExecutor(1)
+        self.precision: Precision = "fp32"
+        self.precision = self._choose_precision()
+
+    @classmethod
+    def on_this_worker(cls, bundle: Bundle, source: ImageSource, options: ScoreConfig) -> "Predictor":
+        """Makes a predictor in a process that has one CPU core, or a GPU, to itself."""
+        prepare_decoders()
+        if not options.gpus_per_actor:
+            torch.set_num_threads(1)  # one process per core with one thread each beats fewer with more
+        return cls(bundle, source, options, "cuda" if options.gpus_per_actor else "cpu")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the model knows, sorted."""
+        return self.bundle.config.table.modalities
+
+    def score(self, table: pa.Table) -> pa.Table:
+        """Returns the table with the columns of `output_fields` appended: n rows in, n rows out, in order."""
+        prediction = self.predict({name: cells(table[self.column(name)]) for name in self.modalities})
+        for field, values in zip(self.fields, self._columns(prediction), strict=True):
+            table = table.append_column(field, pa.array(values, field.type, from_pandas=False))
+        return table
+
+    def column(self, modality: str) -> str:
+        """Returns the name of a modality's column: the run's own, or the one trained on."""
+        return column_of(modality, self.options, self.bundle.config.table)
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        """The columns that scoring appends."""
+        return output_fields(
+            self.bundle.config.task.kind, probabilities=self.options.probabilities, modalities=self.modalities
+        )
+
+    def predict(self, columns: Mapping[str, Sequence[Any]], *, alone: bool = False) -> Prediction:
+        """Predicts B rows.
+
+        Args:
+            columns: modality -> B cells.
+            alone: also predict each row from each modality on its own.
+        """
+        parts = [self._forward(features, alone) for features in self._batches(columns)]
+        if not parts:
+            parts = [self._forward(self._preprocess({name: [None] for name in self.modalities}), alone)]
+            return _head(parts[0], 0)
+        return _concatenate(parts)
+
+    def _batches(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[Features]:
+        # Preprocessing runs one batch ahead on its own thread: decoding releases the interpreter lock, and a GPU
+        # would otherwise wait for it.
+        size, num_rows = self.options.batch_size, len(next(iter(columns.values())))
+        chunks = [{name: c[k : k + size] for name, c in columns.items()} for k in range(0, num_rows, size)]
+        pending = [self._ahead.submit(self._preprocess, chunk) for chunk in chunks[:1]]
+        for following in [*chunks[1:], None]:
+            features = pending.pop().result() if pending else None
+            if following is not None:
+                pending.append(self._ahead.submit(self._preprocess, following))
+            if features is not None:
+                yield features
+
+    @torch.inference_mode()
+    def _forward(self, features: Features, alone: bool) -> Prediction:
+        arrays = {name: torch.from_numpy(array).to(self.device) for name, array in features.arrays.items()}
+        present = {name: torch.from_numpy(mask).to(self.device) for name, mask in features.present.items()}
+        with autocast(self.device, self.precision):
+            embeddings = self._model.encode(arrays)
+            logits = self._model.fuse(embeddings, present)
+            weight = self._model.image_weight(embeddings, present)
+            views = {name: self._model.fuse(embeddings, _only(name, present)) for name in present if alone}
+        some: NDArray[np.bool_] = np.logical_or.reduce([*features.present.values()])
+        return Prediction(
+            outputs=self._outputs(logits, some),
+            present=features.present,
+            faults=features.faults,
+            image_weight=None if weight is None else weight.float().cpu().numpy(),
+            alone={name: self._outputs(view, features.present[name]) for name, view in views.items()},
+        )
+
+    def _outputs(self, logits: torch.Tensor, known: NDArray[np.bool_]) -> NDArray[np.float32]:
+        outputs: NDArray[np.float32] = self._model.head.outputs(logits).cpu().numpy()
+        outputs[~known] = np.nan
+        return outputs
+
+    def _choose_precision(self) -> Precision:
+        wanted = self.options.precision
+        first = resolve_precision(wanted, self.device)
+        for precision in dict.fromkeys((first, "fp32" if wanted == "auto" else first)):
+            self.precision = precision
+            difference = self._golden_difference()
+            if difference <= TOLERANCE[precision]:
+                return precision
+        raise BundleError(
+            f"the bundle's golden rows come out {difference:.4f} away from their scores ({self.precision}, allowed "
+            f"{TOLERANCE[self.precision]}): this machine or these package versions compute another model"
+        )
+
+    def _golden_difference(self) -> float:
+        golden = self.bundle.golden
+        if golden is None:
+            return 0.0
+        got = self.predict({name: golden[name].to_pylist() for name in self.modalities}).outputs
+        want = np.asarray(golden["outputs"].to_pylist(), np.float32)
+        low, high = self.bundle.score_range
+        return float(np.abs(got - want).max() / (high - low))
+
+    def _columns(self, prediction: Prediction) -> Iterator[Sequence[Any]]:
+        outputs, task = prediction.outputs, self.bundle.config.task.kind
+        statuses = row_statuses(prediction)
+        scored = [status is not Status.FAILED for status, _, _ in statuses]
+        labels = self.bundle.labels
+        for field in self.fields:
+            match field.name:
+                case "score":
+                    score = outputs[:, 1] if task == "binary" else outputs.max(axis=1)
+                    yield _nullable(score, scored)
+                case "predicted_label" if task == "multilabel":
+                    chosen = [[labels[k] for k in np.flatnonzero(row >= 0.5)] for row in outputs]
+                    yield _nullable(chosen, scored)
+                case "predicted_label":
+                    safe = np.where(np.isfinite(outputs), outputs, -1)
+                    yield _nullable([labels[k] for k in safe.argmax(axis=1)], scored)
+                case "probabilities":
+                    yield _nullable(outputs, scored)
+                case "image_weight":
+                    weight = prediction.image_weight
+                    yield _nullable(weight, scored) if weight is not None else [None] * len(scored)
+                case "modalities_used":
+                    names = sorted(prediction.present)
+                    masks = zip(*(prediction.present[name] for name in names), strict=True)
+                    yield ["+".join(n for n, used in zip(names, mask, strict=True) if used) for mask in masks]
+                case "status":
+                    yield [status.value for status, _, _ in statuses]
+                case "reason":
+                    yield [reason for _, reason, _ in statuses]
+                case "reason_detail":
+                    yield [detail for _, _, detail in statuses]
+
+
+def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
+    """Returns the name of a modality's column: the run's own, or the one trained on."""
+    return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))
+
+
+def row_statuses(prediction: Prediction) -> list[tuple[Status, str | None, str | None]]:
+    """Returns status, reason and detail of each row."""
+    finite = [bool(row.all()) for row in np.isfinite(prediction.outputs)]
+    names = sorted(prediction.faults)
+    return [_row_status([(name, prediction.faults[name][k]) for name in names], finite[k]) for k in range(len(finite))]
+
+
+def _row_status(found: Sequence[tuple[str, Fault | None]], finite: bool) -> tuple[Status, str | None, str | None]:
+    faults = [(name, fault) for name, fault in found if fault is not None]
+    detail = "; ".join(f"{name}: {fault.reason.value}: {fault.detail}" for name, fault in faults)[:256] or None
+    if len(faults) == len(found):
+        return Status.FAILED, faults[0][1].reason.value, detail
+    if not finite:
+        return Status.FAILED, Reason.NONFINITE_OUTPUT.value, detail
+    if faults:
+        return Status.DEGRADED, faults[0][1].reason.value, detail
+    return Status.OK, None, None
+
+
+def _nullable(values: Any, keep: Sequence[bool]) -> list[Any]:
+    return [value if kept else None for value, kept in zip(values, keep, strict=True)]
+
+
+def _only(name: str, present: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {other: mask if other == name else torch.zeros_like(mask) for other, mask in present.items()}
+
+
+def _head(prediction: Prediction, rows: int) -> Prediction:
+    return Prediction(
+        prediction.outputs[:rows],
+        {name: mask[:rows] for name, mask in prediction.present.items()},
+        {name: faults[:rows] for name, faults in prediction.faults.items()},
+        None if prediction.image_weight is None else prediction.image_weight[:rows],
+        {name: view[:rows] for name, view in prediction.alone.items()},
+    )
+
+
+def _concatenate(parts: Sequence[Prediction]) -> Prediction:
+    first = parts[0]
+    weights = [part.image_weight for part in parts if part.image_weight is not None]
+    return Prediction(
+        np.concatenate([part.outputs for part in parts]),
+        {name: np.concatenate([part.present[name] for part in parts]) for name in first.present},
+        {name: [fault for part in parts for fault in part.faults[name]] for name in first.faults},
+        np.concatenate(weights) if weights else None,
+        {name: np.concatenate([part.alone[name] for part in parts]) for name in first.alone},
+    )

@@ -1,0 +1,79 @@
+"""The one path from a row's cells to the arrays a model reads: training, scoring and serving all come this way.
+
+Reads cells of each modality -> gives `Features`: arrays, what is present, and why the rest is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmray.config import Config
+from mmray.preprocess.image import decode_image
+from mmray.preprocess.text import Vocabulary, encode
+from mmray.source import ImageSource
+from mmray.table import Fault
+
+Encoded = tuple[dict[str, NDArray[np.generic]], list[Fault | None]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """B rows as arrays."""
+
+    arrays: dict[str, NDArray[np.generic]]
+    """`image` uint8 [B, S, S, 3]; `token_ids` int32 [B, L]; `ngram_ids` int32 [B, G]. Zeros where absent."""
+    present: dict[str, NDArray[np.bool_]]
+    """Modality -> [B]."""
+    faults: dict[str, list[Fault | None]]
+    """Modality -> B entries; a fault exactly where the modality is not present."""
+
+
+class Preprocessor:
+    """Turns cells into features. Thread-safe; a pool, if given, decodes images."""
+
+    version: ClassVar[int] = 1
+    """Part of every bundle's fingerprint: raised when the same cells give other arrays."""
+
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary | None,
+        source: ImageSource,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._config, self._vocabulary, self._source, self._pool = config, vocabulary, source, pool
+        # A third modality is one preprocess file and a line here.
+        self._encoders = {"image": self._images, "text": self._texts}
+
+    def __call__(self, columns: Mapping[str, Sequence[Any]]) -> Features:
+        """Preprocesses B rows; `columns` maps each modality of the configuration to B cells."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        faults: dict[str, list[Fault | None]] = {}
+        for name in self._config.table.modalities:
+            encoded, faults[name] = self._encoders[name](columns[name])
+            arrays.update(encoded)
+        present = {name: np.asarray([fault is None for fault in found], bool) for name, found in faults.items()}
+        return Features(arrays, present, faults)
+
+    def _images(self, cells: Sequence[Any]) -> Encoded:
+        size = self._config.image.size
+        images = np.zeros((len(cells), size, size, 3), np.uint8)
+        found = self._pool.map(self._image, cells) if self._pool else map(self._image, cells)
+        faults: list[Fault | None] = []
+        for k, image in enumerate(found):
+            faults.append(image if isinstance(image, Fault) else None)
+            if not isinstance(image, Fault):
+                images[k] = image
+        return {"image": images}, faults
+
+    def _image(self, cell: Any) -> NDArray[np.uint8] | Fault:
+        data = self._source.read(cell)
+        return data if isinstance(data, Fault) else decode_image(data, self._config.image)
+
+    def _texts(self, cells: Sequence[Any]) -> Encoded:
+        assert self._vocabulary is not None, "a model that reads texts has a vocabulary"
+        return encode(cells, self._vocabulary, self._config.text)

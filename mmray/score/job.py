@@ -1,0 +1,95 @@
+"""Places the scoring of slices on Ray Data, and completes the run.
+
+Reads a bundle and a table -> gives an output folder with `_SUCCESS`. The same command resumes: it scores the slices
+that are not there yet, in O(slices).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mmray.config import ScoreConfig
+from mmray.score.commit import Output, Receipt
+from mmray.score.ledger import Ledger
+from mmray.score.plan import Plan, describe, make_plan
+from mmray.slices import Slice
+
+Progress = Callable[[Ledger], None]
+"""Called with the ledger of each slice as it is committed."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a run did."""
+
+    output: str
+    ledger: Ledger
+    num_slices: int
+    scored_slices: int
+    """Slices scored by this call; the others were there already."""
+    seconds: float
+    steady_rows_per_s: float | None
+    """Rate between the first and the last slice of this call, start-up excluded."""
+
+
+def score_table(
+    bundle: str,
+    table: str,
+    output: str,
+    options: ScoreConfig | None = None,
+    *,
+    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
+    on_slice: Progress = lambda ledger: None,
+) -> ScoreResult:
+    """Scores every row of a table, once.
+
+    Args:
+        bundle: folder or URI of a bundle.
+        table: parquet file, folder or glob.
+        output: folder or URI for the scored rows.
+        options: what may differ from run to run.
+        on_start: called with the plan and the number of slices that are there already.
+        on_slice: called with the ledger of each slice as it is committed.
+
+    Raises:
+        MmrayError: see `mmray.errors` for what each means and its exit code.
+    """
+    started = time.perf_counter()
+    options = options or ScoreConfig()
+    plan = make_plan(bundle, table, options)
+    target = Output(output)
+    target.claim(plan, describe(plan, bundle, table))
+    success = target.success()
+    if success is not None:
+        ledger = Ledger.from_dict(success["ledger"])
+        return ScoreResult(output, ledger, len(plan.slices), 0, time.perf_counter() - started, None)
+    done = target.committed(plan.hash)
+    todo = tuple(piece for piece in plan.slices if piece.index not in done)
+    on_start(plan, len(done))
+    receipts, times = [], []
+    if todo:
+        for receipt in _run(bundle, target.store.uri, plan, todo, options):
+            receipts.append(receipt)
+            times.append((time.perf_counter(), receipt.ledger.rows))
+            on_slice(receipt.ledger)
+    receipts += [target.receipt(plan.hash, piece) for piece in plan.slices if piece.index in done]
+    ledger = target.finalize(plan, receipts, options.max_error_rate)
+    return ScoreResult(output, ledger, len(plan.slices), len(todo), time.perf_counter() - started, _steady_rate(times))
+
+
+def _run(bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig) -> Iterator[Receipt]:
+    # Ray is loaded only where there is work: a finished run answers without it.
+    from mmray.cluster import RAY_ERRORS, cluster, local_cpus, map_slices, unwrap
+    from mmray.score.worker import SliceScorer, receipt_from_row
+
+    with cluster(options.num_actors or local_cpus()):
+        arguments = (bundle, output, plan.hash, plan.image_roots, options)
+        try:
+            yield from map(receipt_from_row, map_slices(todo, SliceScorer, arguments, options))
+        except RAY_ERRORS as error:
+            raise unwrap(error, "scoring") from error
+
+
+def _steady_rate(times: list[tuple[float, int]]) -> float | None:
+    seconds = times[-1][0] - times[0][0] if times else 0.0
+    return sum(rows for _, rows in times[1:]) / seconds if seconds > 0 else None

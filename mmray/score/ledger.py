@@ -1,0 +1,71 @@
+"""The account of a run: how many rows went which way. Ledgers of slices add up to the ledger of the run.
+
+rows = ok + degraded + failed, always.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+HISTOGRAM_BINS = 20
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Counts over some rows of a scored table."""
+
+    rows: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Status -> rows."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """`status/REASON` -> rows, for rows that are not ok."""
+    modalities: dict[str, int] = field(default_factory=dict)
+    """Modalities used -> rows."""
+    histogram: tuple[int, ...] = (0,) * HISTOGRAM_BINS
+    """Scored rows by score, in equal bins over the bundle's score range; what lies outside counts at the ends."""
+
+    @classmethod
+    def of(cls, table: pa.Table, score_range: tuple[float, float]) -> "Ledger":
+        """Counts a scored table."""
+        statuses = table["status"].to_pylist()
+        reasons = table["reason"].to_pylist()
+        scores = table["score"].drop_null().to_numpy()
+        counts, _ = np.histogram(np.clip(scores, *score_range), bins=HISTOGRAM_BINS, range=score_range)
+        return cls(
+            rows=table.num_rows,
+            statuses=dict(Counter(statuses)),
+            reasons=dict(Counter(f"{s}/{r}" for s, r in zip(statuses, reasons, strict=True) if r)),
+            modalities=dict(Counter(table["modalities_used"].to_pylist())),
+            histogram=tuple(int(count) for count in counts),
+        )
+
+    @classmethod
+    def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
+        """Adds ledgers up."""
+        rows, statuses, reasons, modalities = 0, Counter[str](), Counter[str](), Counter[str]()
+        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        for ledger in ledgers:
+            rows += ledger.rows
+            statuses.update(ledger.statuses)
+            reasons.update(ledger.reasons)
+            modalities.update(ledger.modalities)
+            histogram += np.asarray(ledger.histogram)
+        assert rows == statuses.total() == modalities.total(), "a ledger balances"
+        return cls(rows, dict(statuses), dict(reasons), dict(modalities), tuple(int(n) for n in histogram))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Ledger":
+        """Reads what `to_dict` wrote."""
+        return cls(**{**raw, "histogram": tuple(raw["histogram"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a mapping for JSON."""
+        return asdict(self)
+
+    def count(self, status: str) -> int:
+        """Returns the rows of a status."""
+        return self.statuses.get(status, 0)

@@ -1,0 +1,218 @@
+"""A table of any size as slices of work: row ranges of its files, each read on its own.
+
+Reads a parquet file, folder or glob (path or URI) -> gives its files, its schema and its slices. Everything is a pure
+function of the files' footers, so the same table is always cut in the same places.
+"""
+
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmray.errors import EnvironmentFaultError, TableError
+from mmray.store import Store, open_parent, open_store, split_uri
+from mmray.table import require_columns
+
+MIN_SLICE_ROWS = 256  # a second of work: less would be spent on scheduling
+MAX_SLICE_ROWS = 131_072  # minutes of work: more would be lost with a worker
+MAX_SLICE_BYTES = 128 * 2**20  # uncompressed; a worker holds one slice in memory, twice while it writes
+SLICES_PER_TABLE = 64  # enough for the last worker not to keep the others waiting
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One parquet file, as its listing and its footer describe it."""
+
+    uri: str
+    size: int
+    """Bytes."""
+    version: str
+    """Changes when the content does."""
+    row_groups: tuple[tuple[int, int], ...]
+    """Rows and uncompressed bytes of each row group."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for rows, _ in self.row_groups)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A row range of one file: the unit of work, of retry and of commit."""
+
+    index: int
+    uri: str
+    version: str
+    first_row: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """All files of a table, in sorted order."""
+
+    uri: str
+    files: tuple[TableFile, ...]
+    schema: pa.Schema
+    """Schema of the first file."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def folder(self) -> str:
+        """The folder of the first file, which relative image paths resolve against by default."""
+        return self.files[0].uri.rpartition("/")[0] or "/"
+
+
+def open_table(uri: str, columns: Sequence[str] = ()) -> Table:
+    """Lists a table's files and reads every footer.
+
+    Args:
+        uri: a parquet file, a folder of them, or a glob.
+        columns: columns that every file must have.
+
+    Raises:
+        TableError: no such table, no rows, unreadable files (all are named), or a missing column.
+    """
+    found = _find(uri)
+    with ThreadPoolExecutor(16) as pool:
+        footers = list(pool.map(lambda item: _read_footer(*item), found))
+    broken = [footer for footer in footers if isinstance(footer, str)]
+    if broken:
+        raise TableError(f"{len(broken)} of {len(found)} files are not readable parquet:\n  " + "\n  ".join(broken))
+    good = [footer for footer in footers if not isinstance(footer, str)]
+    for file, schema in good:
+        require_columns(schema, columns, file.uri)
+    if not sum(file.num_rows for file, _ in good):
+        raise TableError(f"the table {uri!r} has no rows; give one with at least one")
+    return Table(uri, tuple(file for file, _ in good), good[0][1])
+
+
+def cut(table: Table, slice_rows: int | None = None) -> list[Slice]:
+    """Cuts a table into slices of at most `slice_rows` rows (by default a 64th of the table, within bounds).
+
+    Row groups are kept whole where they fit, and cut evenly where they do not.
+    """
+    if slice_rows is None:
+        slice_rows = min(max(table.num_rows // SLICES_PER_TABLE, MIN_SLICE_ROWS), MAX_SLICE_ROWS)
+    ranges = (
+        (file, first, rows)
+        for file in table.files
+        for first, rows in _ranges(file.row_groups, slice_rows, MAX_SLICE_BYTES)
+    )
+    return [Slice(k, file.uri, file.version, first, rows) for k, (file, first, rows) in enumerate(ranges)]
+
+
+def read_slice(piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads the rows of one slice, every column with its own type.
+
+    Raises:
+        EnvironmentFaultError: the file changed since the slice was planned, or cannot be read.
+    """
+    store, name = open_parent(piece.uri)
+    entry = store.stat(name)
+    if entry is None or entry.version != piece.version:
+        state = "changed" if entry else "disappeared"
+        raise EnvironmentFaultError(
+            f"the input {piece.uri} {state} while it was being read; restore it, or start again in a new output"
+        )
+    try:
+        with store.open(name) as source, pq.ParquetFile(source) as file:
+            return _read_range(file, piece, columns)
+    except (OSError, pa.ArrowException) as error:
+        raise EnvironmentFaultError(
+            f"cannot read rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.uri}: {error}"
+        ) from error
+
+
+def slices_to_arrow(slices: Sequence[Slice]) -> pa.Table:
+    """Returns slices as rows: what Ray Data schedules and `plan-*.parquet` keeps."""
+    return pa.Table.from_pylist([asdict(piece) for piece in slices])
+
+
+def slices_from_arrow(rows: pa.Table) -> list[Slice]:
+    """Reads what `slices_to_arrow` wrote."""
+    return [Slice(**row) for row in rows.to_pylist()]
+
+
+def _read_range(file: pq.ParquetFile, piece: Slice, columns: Sequence[str] | None) -> pa.Table:
+    groups, start, first = [], 0, None
+    for k in range(file.metadata.num_row_groups):
+        end = start + file.metadata.row_group(k).num_rows
+        if start < piece.first_row + piece.num_rows and end > piece.first_row:
+            groups.append(k)
+            first = start if first is None else first
+        start = end
+    assert first is not None, "a slice lies within its file"
+    rows = file.read_row_groups(groups, columns=columns, use_threads=False)
+    return rows.slice(piece.first_row - first, piece.num_rows)
+
+
+def _ranges(groups: Sequence[tuple[int, int]], max_rows: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    first = rows = size = 0
+    for group_rows, group_bytes in groups:
+        if rows and (rows + group_rows > max_rows or size + group_bytes > max_bytes):
+            yield first, rows
+            first, rows, size = first + rows, 0, 0
+        rows, size = rows + group_rows, size + group_bytes
+        pieces = max(-(-rows // max_rows), -(-size // max_bytes))
+        if pieces > 1:  # one row group larger than a slice
+            pieces = min(pieces, rows)
+            for k in range(pieces):
+                start = rows * k // pieces
+                yield first + start, rows * (k + 1) // pieces - start
+            first, rows, size = first + rows, 0, 0
+    if rows:
+        yield first, rows
+
+
+def _find(uri: str) -> list[tuple[Store, str, str, int]]:
+    scheme, path = split_uri(uri)
+    if any(char in path for char in "*?["):
+        store, pattern = _split_glob(uri if scheme != "file" else os.path.abspath(path))
+        keys = {k: e for k, e in store.list().items() if _matches(k, pattern) and not _hidden(k)}
+    else:
+        parent, name = open_parent(uri)
+        entry = parent.stat(name)
+        is_file = entry is not None and not (scheme == "file" and os.path.isdir(path))
+        if is_file and entry is not None:
+            return [(parent, name, entry.version, entry.size)]
+        store = open_store(uri)
+        keys = {k: e for k, e in store.list().items() if k.endswith(".parquet") and not _hidden(k)}
+    if not keys:
+        what = "no parquet files in" if scheme != "file" or os.path.isdir(path) else "no such table:"
+        raise TableError(f"{what} {uri!r}; give a parquet file, a folder of them, or a glob such as 'rows/*.parquet'")
+    return [(store, key, entry.version, entry.size) for key, entry in keys.items()]
+
+
+def _split_glob(uri: str) -> tuple[Store, str]:
+    parts = uri.split("/")
+    fixed = next(k for k, part in enumerate(parts) if any(char in part for char in "*?["))
+    return open_store("/".join(parts[:fixed]) or "/"), "/".join(parts[fixed:])
+
+
+def _matches(key: str, pattern: str) -> bool:
+    parts, patterns = key.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _hidden(key: str) -> bool:
+    # Names that start with `_` or `.` are not data, by the convention of Spark, Hive and pyarrow.
+    return any(part.startswith(("_", ".")) for part in key.split("/"))
+
+
+def _read_footer(store: Store, key: str, version: str, size: int) -> tuple[TableFile, pa.Schema] | str:
+    try:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
+            meta = file.metadata
+            groups = [meta.row_group(k) for k in range(meta.num_row_groups)]
+            sizes = tuple((group.num_rows, group.total_byte_size) for group in groups)
+            return TableFile(store.child(key), size, version, sizes), file.schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        return f"{store.child(key)}: {str(error).splitlines()[0]}"

@@ -1,0 +1,141 @@
+"""The row contract: what a scored table holds, and what each status and reason means.
+
+n rows in = n rows out, in order. Every input column passes through untouched; the columns below are appended.
+A row is `ok` (every modality the model knows was used), `degraded` (scored without one of them; `reason` says why) or
+`failed` (no score; `reason` says why).
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from mmray.errors import TableError, nearest
+
+SCHEMA_VERSION = 1  # part of the plan hash: raised when the output columns change
+
+
+class Status(StrEnum):
+    """Whether a row was scored, and with all that the model knows."""
+
+    OK = "ok"
+    DEGRADED = "degraded"
+    FAILED = "failed"
+
+
+class Reason(StrEnum):
+    """Why a row is not `ok`: deterministic faults of its data only, never the weather."""
+
+    meaning: str
+
+    def __new__(cls, code: str, meaning: str) -> "Reason":
+        """Makes a code with the sentence that explains it."""
+        reason = str.__new__(cls, code)
+        reason._value_, reason.meaning = code, meaning
+        return reason
+
+    IMAGE_NULL = "IMAGE_NULL", "The image cell is null or empty."
+    MISSING = "MISSING", "No file at the image path."
+    NOT_ALLOWED = "NOT_ALLOWED", "The image path leads outside the allowed roots, or may not be read."
+    NOT_REGULAR = "NOT_REGULAR", "The image path is a directory, device, pipe or socket."
+    EMPTY_FILE = "EMPTY_FILE", "The image has no bytes."
+    TOO_LARGE_BYTES = "TOO_LARGE_BYTES", "The image has more bytes than `image.max_bytes`."
+    TOO_MANY_PIXELS = (
+        "TOO_MANY_PIXELS",
+        "The image has more pixels than `image.max_pixels`, or a longer side than `max_side`.",
+    )
+    BAD_FORMAT = "BAD_FORMAT", "The bytes are of no supported image format."
+    TRUNCATED = "TRUNCATED", "The image ends before its data does."
+    DECODE_ERROR = "DECODE_ERROR", "The decoder refused the bytes."
+    TEXT_NULL = "TEXT_NULL", "The text cell is null."
+    TEXT_EMPTY = "TEXT_EMPTY", "The text holds no token: empty, or nothing but white space."
+    TEXT_INVALID = "TEXT_INVALID", "The text cell is not valid UTF-8."
+    NONFINITE_OUTPUT = "NONFINITE_OUTPUT", "The model gave NaN or infinity."
+
+
+class Fault(NamedTuple):
+    """Why one modality of one row cannot be used."""
+
+    reason: Reason
+    detail: str
+    """At most 256 characters, escaped, without the row's own text or path."""
+
+
+def fault(reason: Reason, detail: str) -> Fault:
+    """Makes a `Fault` whose detail is safe to store and log."""
+    return Fault(reason, detail.encode("unicode_escape").decode("ascii")[:256])
+
+
+def output_fields(task: str, *, probabilities: bool, modalities: Sequence[str]) -> list[pa.Field]:
+    """Returns the columns that scoring appends for a task (`binary`, `multiclass`, `multilabel`, `regression`)."""
+    fields = [pa.field("score", pa.float64())]
+    if task == "multilabel":
+        fields.append(pa.field("predicted_label", pa.list_(pa.string())))
+    elif task != "regression":
+        fields.append(pa.field("predicted_label", pa.string()))
+    if probabilities and task != "regression":
+        fields.append(pa.field("probabilities", pa.list_(pa.float32())))
+    if "image" in modalities and len(modalities) > 1:
+        fields.append(pa.field("image_weight", pa.float32()))
+    fields += [
+        pa.field("modalities_used", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("reason_detail", pa.string()),
+    ]
+    return fields
+
+
+def require_columns(schema: pa.Schema, names: Sequence[str], where: str) -> None:
+    """Refuses a table without the named columns, naming the nearest it has.
+
+    Raises:
+        TableError: a column is missing.
+    """
+    for name in names:
+        if name not in schema.names:
+            hint = nearest(name, schema.names)
+            raise TableError(f"{where} has no column {name!r}{hint} It has: {', '.join(schema.names) or 'none'}")
+
+
+def cells(column: pa.ChunkedArray) -> list[Any]:
+    """Returns a column's values as Python objects; bytes that are not UTF-8 become U+FFFD in strings.
+
+    Parquet does not promise that a string column holds valid UTF-8, and one bad cell must not cost its neighbours.
+    """
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raw = column.cast(pa.large_binary()).to_pylist()
+        return [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
+
+
+def require_type(schema: pa.Schema, name: str, modality: str, where: str) -> None:
+    """Refuses a column whose type cannot hold a modality.
+
+    Raises:
+        TableError: the type is another.
+    """
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    struct = pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind}
+    if strings or pa.types.is_null(kind) or (modality == "image" and (binary or struct)):
+        return
+    wanted = "paths, bytes or {bytes, path} structs" if modality == "image" else "strings"
+    raise TableError(f"{where}: the {modality} column {name!r} is of type {kind}; it must hold {wanted}")
+
+
+def refuse_collisions(schema: pa.Schema, fields: Sequence[pa.Field], where: str) -> None:
+    """Refuses a table that already has a column which scoring would append.
+
+    Raises:
+        TableError: a name is taken.
+    """
+    taken = [field.name for field in fields if field.name in schema.names]
+    if taken:
+        raise TableError(
+            f"{where} already has the columns {', '.join(taken)} that scoring adds; rename or drop them first"
+        )

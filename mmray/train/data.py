@@ -1,0 +1,222 @@
+"""From training tables to preprocessed rows, by Ray Data.
+
+Reads parquet slices -> gives what the model has to know beforehand (labels, vocabulary: `survey`) and the rows it
+trains on (`preprocess_rows`). Both run one task per slice; the driver sees counts, never rows.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from numpy.typing import NDArray
+
+from mmray.cluster import MAX_RETRIES, over_slices
+from mmray.config import Config, TableConfig
+from mmray.errors import ConfigError, TableError
+from mmray.labels import encode_targets, number
+from mmray.preprocess import Preprocessor
+from mmray.preprocess.image import prepare_decoders
+from mmray.preprocess.text import Vocabulary, tokenize
+from mmray.slices import Slice, Table, cut, open_table, read_slice, slices_from_arrow
+from mmray.source import ImageSource
+from mmray.table import cells, require_type
+
+Split = Literal["train", "validation"]
+BLOCK_BYTES = 64 * 2**20  # decoded rows per block: Ray's object store moves and spills whole blocks
+_FRACTION_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a run and how their rows are split."""
+
+    train: Table
+    validation: Table | None
+    config: TableConfig
+
+    def of(self, split: Split) -> Table:
+        """Returns the table that a split's rows are in."""
+        return self.validation if split == "validation" and self.validation is not None else self.train
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the training rows counts."""
+
+    rows: int
+    unlabelled: int
+    labels: Mapping[str, int]
+    """Label -> rows (for multilabel, rows that carry it); empty for regression."""
+    words: Mapping[str, int]
+    target_mean: float
+    target_std: float
+
+
+def open_tables(config: Config) -> Tables:
+    """Opens the tables and checks their columns.
+
+    Raises:
+        TableError: a table or column is missing, or of the wrong type.
+    """
+    settings = config.table
+    modal = {name: getattr(settings, f"{name}_column") for name in settings.modalities}
+    columns = [*modal.values(), settings.label_column]
+    split = [settings.split_column] if settings.split_column and settings.validation is None else []
+    train = open_table(settings.train, [*columns, *split])
+    validation = open_table(settings.validation, columns) if settings.validation else None
+    for table in filter(None, (train, validation)):
+        for modality, column in modal.items():
+            require_type(table.schema, column, modality, table.uri)
+    return Tables(train, validation, settings)
+
+
+def survey(tables: Tables, config: Config) -> Survey:
+    """Counts labels and words of the training rows.
+
+    Raises:
+        TableError: no row is for training, or a label cannot be read.
+    """
+    counted = _map(cut(tables.train), _survey_slice, config, tables.validation is not None)
+    parts = [json.loads(row["counts"]) for row in counted.iter_rows()]
+    labels, words, moments = Counter[str](), Counter[str](), np.zeros(2)
+    for part in parts:
+        labels.update(part["labels"])
+        words.update(part["words"])
+        moments += part["moments"]
+    rows = sum(part["rows"] for part in parts)
+    if not rows:
+        raise TableError(
+            f"{tables.train.uri} has no labelled row for training; check table.label_column and table.split_column"
+        )
+    mean = moments[0] / rows
+    deviation = float(np.sqrt(max(moments[1] / rows - mean**2, 0.0)))
+    if config.task.kind == "regression" and deviation == 0:
+        raise TableError(f"the label column {config.table.label_column!r} is constant; there is nothing to learn")
+    return Survey(rows, sum(part["unlabelled"] for part in parts), labels, words, float(mean), deviation or 1.0)
+
+
+def preprocess_rows(
+    tables: Tables, split: Split, config: Config, vocabulary: Vocabulary | None, labels: Sequence[str]
+) -> ray.data.Dataset:
+    """Returns the preprocessed, labelled rows of a split, lazily and in table order.
+
+    Columns: the arrays of `Features`, `present_<modality>`, and `target` (see `encode_targets`).
+    """
+    table = tables.of(split)
+    slice_rows = max(min(BLOCK_BYTES // row_bytes(config), max(table.num_rows // 16, 64)), 1)
+    part = None if table is tables.validation else split
+    roots = config.table.image_roots or (table.folder,)
+    arguments = (config, tables.validation is not None, part, vocabulary, tuple(labels), roots)
+    return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
+
+
+def row_bytes(config: Config) -> int:
+    """Returns the size of one preprocessed row."""
+    image = config.image.size**2 * 3 if "image" in config.table.modalities else 0
+    return image + 4 * (config.text.max_tokens + (config.text.max_ngrams if config.text.ngram_buckets else 0)) + 64
+
+
+def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Dataset:
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    return over_slices(slices, function, fn_args=arguments, max_retries=MAX_RETRIES)
+
+
+def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
+    (piece,) = slices_from_arrow(rows)
+    columns = config.table
+    table = _rows_of(piece, config, None if separate else "train")
+    values, unlabelled = _labelled(table, columns.label_column)
+    words: Counter[str] = Counter()
+    if columns.text_column is not None:
+        for text in cells(table[columns.text_column]):
+            words.update(tokenize(text, config.text) if text else ())
+    numbers = np.asarray([number(v, columns.label_column) for v in values] if config.task.kind == "regression" else [])
+    names = [str(n) for v in values for n in (v if config.task.kind == "multilabel" else [v])]
+    counts = {
+        "rows": len(values),
+        "unlabelled": unlabelled,
+        "labels": {} if config.task.kind == "regression" else Counter(names),
+        "words": words,
+        "moments": [float(numbers.sum()), float((numbers**2).sum())],
+    }
+    return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _preprocess_slice(
+    rows: pa.Table,
+    config: Config,
+    separate: bool,
+    split: Split | None,
+    vocabulary: Vocabulary | None,
+    labels: Sequence[str],
+    roots: Sequence[str],
+) -> dict[str, NDArray[np.generic]]:
+    prepare_decoders()
+    (piece,) = slices_from_arrow(rows)
+    table = _rows_of(piece, config, None if separate else split)
+    values, _ = _labelled(table, config.table.label_column)
+    keep = table[config.table.label_column].is_valid()
+    table = table.filter(keep)
+    source = ImageSource(roots, config.image.max_bytes)
+    modal = {name: cells(table[getattr(config.table, f"{name}_column")]) for name in config.table.modalities}
+    features = Preprocessor(config, vocabulary, source)(modal)
+    arrays = {name: _pad(name, array, config) for name, array in features.arrays.items()}
+    present = {f"present_{name}": mask for name, mask in features.present.items()}
+    targets = encode_targets(values, config.task.kind, labels, config.table.label_column)
+    return {**arrays, **present, "target": targets}
+
+
+def _rows_of(piece: Slice, config: Config, split: Split | None) -> pa.Table:
+    """Reads the rows of a slice that belong to a split (all of them where the splits are separate tables)."""
+    columns = config.table
+    wanted = [*(getattr(columns, f"{name}_column") for name in columns.modalities), columns.label_column]
+    if split is None:
+        return read_slice(piece, wanted)
+    if columns.split_column is not None:
+        table = read_slice(piece, [*wanted, columns.split_column])
+        return table.filter(pa.array([value == split for value in table[columns.split_column].to_pylist()], pa.bool_()))
+    table = read_slice(piece, wanted)
+    held_out = np.asarray([_is_held_out(key, config) for key in _split_keys(table, piece, columns)], bool)
+    return table.filter(pa.array(held_out if split == "validation" else ~held_out))
+
+
+def _split_keys(table: pa.Table, piece: Slice, columns: TableConfig) -> list[str]:
+    # Equal texts share a side: a duplicate of a training row would make validation look better than it is.
+    texts = cells(table[columns.text_column]) if columns.text_column else [None] * table.num_rows
+    return [text or f"{piece.uri}:{piece.first_row + k}" for k, text in enumerate(texts)]
+
+
+def _is_held_out(key: str, config: Config) -> bool:
+    digest = zlib.crc32(f"{config.train.seed}:{key}".encode("utf-8", "replace"))
+    return digest % _FRACTION_STEPS < config.table.validation_fraction * _FRACTION_STEPS
+
+
+def _labelled(table: pa.Table, column: str) -> tuple[list[Any], int]:
+    values = [value for value in table[column].to_pylist() if value is not None]
+    return values, table.num_rows - len(values)
+
+
+def _pad(name: str, array: NDArray[np.generic], config: Config) -> NDArray[np.generic]:
+    widths = {"token_ids": config.text.max_tokens, "ngram_ids": config.text.max_ngrams}
+    if name not in widths:
+        return array
+    return np.pad(array, ((0, 0), (0, widths[name] - array.shape[1])))
+
+
+def check_label_column(config: Config, table: Table) -> None:
+    """Refuses a label column whose type does not fit the task, before any worker starts.
+
+    Raises:
+        ConfigError: the type is another.
+    """
+    kind = table.schema.field(config.table.label_column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list != (config.task.kind == "multilabel"):
+        fix = "use task.kind = 'multilabel'" if is_list else "a multilabel task needs a list of labels in each row"
+        raise ConfigError(f"the label column {config.table.label_column!r} is of type {kind}; {fix}")

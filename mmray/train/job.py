@@ -1,0 +1,221 @@
+"""A training run from configuration to bundle.
+
+Reads a `Config` -> gives the URI of a bundle. The same command continues a run that was interrupted, and returns the
+bundle of one that is finished.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.exceptions
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Empty, Queue
+
+from mmray.bundle import Bundle, read_info, save_bundle
+from mmray.cluster import RAY_ERRORS, cluster, local_cpus, unwrap
+from mmray.config import Config
+from mmray.errors import ConfigError, TableError
+from mmray.labels import labels_of
+from mmray.preprocess.text import Vocabulary
+from mmray.store import open_store
+from mmray.train.checkpoint import Checkpoint, latest_checkpoint
+from mmray.train.data import (
+    Survey,
+    Tables,
+    check_label_column,
+    open_tables,
+    preprocess_rows,
+    row_bytes,
+    survey,
+)
+from mmray.train.golden import golden_rows
+from mmray.train.loop import Settings, best_epoch, train_worker
+
+OnEpoch = Callable[[dict[str, Any]], None]
+"""Called with the history's entry of each epoch as it ends."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gave."""
+
+    bundle: str
+    """URI of the bundle."""
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    """The history's entry of the epoch that became the bundle."""
+    trained_epochs: int
+    """Epochs trained by this call; the others were there already."""
+
+
+def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> TrainResult:
+    """Trains a model and writes its bundle.
+
+    Raises:
+        MmrayError: see `mmray.errors` for what each means and its exit code.
+    """
+    tables = open_tables(config)
+    check_label_column(config, tables.train)
+    _check_gpu_request(config)
+    folder = _claim_run(config, tables)
+    bundle_uri = f"{folder}/bundle"
+    if open_store(bundle_uri).stat("bundle.json"):
+        history = read_info(bundle_uri).metrics["history"]
+        return TrainResult(bundle_uri, history, history[best_epoch(history, config)], 0)
+    finished = latest_checkpoint(folder)
+    with cluster(max(config.train.num_workers, local_cpus())):
+        try:
+            counts = survey(tables, config)
+            labels = labels_of(config, counts.labels)
+            words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
+            _check_words(config, words)
+            _fit(config, tables, counts, labels, words, folder, on_epoch)
+        except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
+            raise unwrap(error, "training") from error
+    state = latest_checkpoint(folder)
+    assert state is not None, "a fitted run has a checkpoint"
+    save_bundle(_make_bundle(config, tables, counts, labels, words, state), bundle_uri)
+    before = len(finished.history) if finished else 0
+    return TrainResult(
+        bundle_uri, state.history, state.history[best_epoch(state.history, config)], len(state.history) - before
+    )
+
+
+def _fit(
+    config: Config,
+    tables: Tables,
+    counts: Survey,
+    labels: Sequence[str],
+    words: Vocabulary | None,
+    folder: str,
+    on_epoch: OnEpoch,
+) -> None:
+    train = config.train
+    cached = counts.rows * row_bytes(config) <= train.cache_bytes
+    rows = {split: preprocess_rows(tables, split, config, words, labels) for split in ("train", "validation")}
+    validation = rows["validation"].materialize()
+    if not validation.count():
+        raise TableError(
+            "no labelled row is left for validation; raise table.validation_fraction or give table.validation"
+        )
+    # Ray keeps its own notes in the scratch folder; the run's checkpoints are ours (`mmray.train.checkpoint`).
+    with _entries(on_epoch) as progress, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
+        settings = Settings(
+            config=config,
+            folder=folder,
+            num_labels=max(len(labels), 1),
+            words=words.words if words else (),
+            class_counts=[counts.labels[label] for label in labels],
+            target_mean=counts.target_mean,
+            target_std=counts.target_std,
+            num_rows=counts.rows,
+            cached=cached,
+            num_threads=_threads_per_worker(train.num_workers),
+            progress=progress,
+        )
+        trainer = ray.train.torch.TorchTrainer(
+            train_worker,
+            train_loop_config={"settings": settings},
+            scaling_config=ray.train.ScalingConfig(num_workers=train.num_workers, use_gpu=train.use_gpu),
+            run_config=ray.train.RunConfig(
+                name="ray", storage_path=scratch, failure_config=ray.train.FailureConfig(train.max_failures)
+            ),
+            datasets={"train": rows["train"].materialize() if cached else rows["train"], "validation": validation},
+            # Every worker sees every row of what is cached, and takes its own; Ray's even split drops the rest.
+            dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
+        )
+        trainer.fit()
+
+
+@contextmanager
+def _entries(on_epoch: OnEpoch) -> Iterator[Queue]:
+    """Yields a queue whose entries are handed to `on_epoch` as they come."""
+    entries, stop = Queue(actor_options={"num_cpus": 0}), threading.Event()
+
+    def drain() -> None:
+        while not stop.is_set() or not entries.empty():
+            try:
+                on_epoch(entries.get(timeout=0.5))
+            except Empty:
+                continue
+
+    thread = threading.Thread(target=drain, daemon=True)
+    thread.start()
+    try:
+        yield entries
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        entries.shutdown()
+
+
+def _claim_run(config: Config, tables: Tables) -> str:
+    """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
+    # Where a run is kept and how many processes work on it do not change what it is.
+    settings = config.model_dump(mode="json", exclude={"train": {"storage", "name", "num_workers", "max_failures"}})
+    files = [[f.uri, f.size, f.version] for t in (tables.train, tables.validation) if t for f in t.files]
+    digest = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
+    folder = open_store(config.train.storage).child(config.train.name or digest[:12])
+    store = open_store(folder)
+    mine = json.dumps({"digest": digest, "config": settings}, indent=1).encode()
+    if not store.create("run.json", mine):
+        theirs = json.loads(store.read("run.json"))
+        if theirs["digest"] != digest:
+            raise ConfigError(
+                f"{folder} holds a run with another configuration or other tables; give another train.name"
+            )
+    return folder
+
+
+def _check_gpu_request(config: Config) -> None:
+    if config.train.use_gpu and not os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
+        raise ConfigError("train.use_gpu = true, and this machine has no GPU that torch can use; set it to false")
+
+
+def _check_words(config: Config, vocabulary: Vocabulary | None) -> None:
+    if vocabulary is not None and len(vocabulary.words) == 0 and not config.text.ngram_buckets:
+        raise TableError(
+            f"no word of the text column {config.table.text_column!r} is left for the vocabulary; "
+            "lower text.min_count, or check the column"
+        )
+
+
+def _threads_per_worker(num_workers: int) -> int:
+    return max(local_cpus() // num_workers, 1)
+
+
+def _make_bundle(
+    config: Config,
+    tables: Tables,
+    counts: Survey,
+    labels: Sequence[str],
+    words: Vocabulary | None,
+    state: Checkpoint,
+) -> Bundle:
+    regression = config.task.kind == "regression"
+    spread = 3 * counts.target_std
+    bundle = Bundle(
+        config=config,
+        labels=tuple(labels),
+        vocabulary=words,
+        weights=state.best,
+        metrics={
+            "validation": state.history[best_epoch(state.history, config)],
+            "history": state.history,
+            "train_rows": counts.rows,
+            "unlabelled_rows": counts.unlabelled,
+        },
+        score_range=(counts.target_mean - spread, counts.target_mean + spread) if regression else (0.0, 1.0),
+    )
+    return golden_rows(bundle, tables.train, config.table.image_roots or (tables.train.folder,))

@@ -1,0 +1,90 @@
+"""Batches of preprocessed rows for one training worker.
+
+Where the decoded rows fit `train.cache_bytes` they stay in Ray's object store, shared by all workers of a node without
+a copy, and each epoch draws its batches from a permutation that depends on the seed and the epoch alone. Larger tables
+are decoded anew each epoch, and shuffled within a buffer.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import ray.train
+from numpy.typing import NDArray
+
+Batch = Mapping[str, NDArray[np.generic]]
+
+SHUFFLE_BATCHES = 64  # batches in the shuffle buffer of a streamed table
+
+
+class Rows(Protocol):
+    """Training rows of one worker."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Yields the worker's batches of an epoch; every worker gets the same number of batches."""
+
+
+class CachedRows:
+    """All rows of a split, as views of the blocks in the object store."""
+
+    def __init__(self, split: str) -> None:
+        shard = ray.train.get_dataset_shard(split)
+        blocks: list[Batch] = [block for block in shard.iter_batches(batch_size=None, batch_format="numpy")]
+        self._blocks = [block for block in blocks if len(block["target"])]
+        self._starts = np.cumsum([0, *(len(block["target"]) for block in self._blocks)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def take(self, indices: NDArray[np.int64]) -> Batch:
+        """Returns rows by their positions in the table, in the order asked for."""
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        back = np.argsort(order, kind="stable")
+        used = np.unique(owner)
+        return {
+            name: np.concatenate([self._blocks[b][name][indices[owner == b] - self._starts[b]] for b in used])[back]
+            for name in self._blocks[0]
+        }
+
+    def mine(self, batch_size: int) -> Iterator[Batch]:
+        """Yields every row that falls to this worker, once and in order."""
+        context = ray.train.get_context()
+        indices = np.arange(context.get_world_rank(), len(self), context.get_world_size())
+        for start in range(0, len(indices), batch_size):
+            yield self.take(indices[start : start + batch_size])
+
+
+class ShuffledRows:
+    """Cached rows in a new order each epoch."""
+
+    def __init__(self, rows: CachedRows, batch_size: int, seed: int) -> None:
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        order = np.random.default_rng([self._seed, number]).permutation(len(self._rows))
+        if len(order) < self._batch_size:  # a table smaller than one batch: every worker still needs a row
+            order = np.resize(order, max(len(order), world))
+        step = min(self._batch_size, len(order))
+        for start in range(0, len(order) - step + 1, step):
+            yield self._rows.take(order[start : start + step][rank::world])
+
+
+class StreamedRows:
+    """Rows decoded each epoch; Ray Data gives every worker the same number of them."""
+
+    def __init__(self, split: str, batch_size: int, seed: int) -> None:
+        self._shard, self._seed = ray.train.get_dataset_shard(split), seed
+        self._batch_size = max(batch_size // ray.train.get_context().get_world_size(), 1)
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        batches: Any = self._shard.iter_batches(
+            batch_size=self._batch_size,
+            batch_format="numpy",
+            drop_last=True,
+            local_shuffle_buffer_size=self._batch_size * SHUFFLE_BATCHES,
+            local_shuffle_seed=self._seed + number,
+        )
+        yield from batches

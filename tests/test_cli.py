@@ -1,0 +1,115 @@
+"""The command line as a new user meets it: what a mistake is answered with, and which code it exits with."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from models import colour_table, score_in_process, small_bundle, with_golden
+
+from mmray.bundle import save_bundle
+from mmray.cli import main
+from mmray.config import ScoreConfig
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_table(tmp_path_factory.mktemp("rows"), rows=40)
+
+
+@pytest.fixture(scope="module")
+def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    save_bundle(with_golden(small_bundle(), rows), str(folder))
+    return str(folder)
+
+
+def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mmray: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def write_config(folder: Path, text: str) -> str:
+    (folder / "run.toml").write_text(text)
+    return str(folder / "run.toml")
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "score", "verify", "errors"])
+def test_the_help_of_each_command_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert 3 < len(capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_wrong_paths_are_named(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert "no bundle at 'nowhere'" in fails(capsys, ["score", "nowhere", str(rows), out])
+    assert "no such table: 'nowhere'" in fails(capsys, ["score", bundle, "nowhere", out])
+    assert "no configuration file at 'nowhere.toml'" in fails(capsys, ["train", "nowhere.toml"])
+    assert "it is not" not in fails(capsys, ["verify", "nowhere"], code=4)
+    assert "no scored rows in 'nowhere'" in fails(capsys, ["errors", "nowhere"])
+    assert not Path(out).exists()
+
+
+def test_a_wrong_option_is_named_as_it_was_typed(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, value in (("--actors", "0"), ("--gpus", "-1"), ("--batch-size", "0"), ("--max-error-rate", "2")):
+        assert flag in fails(capsys, ["score", bundle, str(rows), str(tmp_path / "out"), flag, value])
+
+
+def test_a_training_table_without_what_it_needs_is_refused_at_once(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(table: str) -> str:
+        return fails(capsys, ["train", write_config(tmp_path, f"[table]\n{table}\n")])
+
+    assert "no such table" in error('train = "nowhere"')
+    assert "did you mean 'label'?" in error(f'train = "{rows}"\nlabel_column = "labl"')
+    assert "is of type double" not in error(f'train = "{rows}"\ntext_column = "id"')
+    multilabel = f'train = "{rows}"\nlabel_column = "both"'
+    assert "use task.kind = 'multilabel'" in error(multilabel)
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    assert "1 of 1 files are not readable parquet" in error(f'train = "{tmp_path / "bad.parquet"}"')
+    assert "did you mean 'train'?" in error('trian = "x"')
+
+
+def test_errors_and_verify_speak_of_a_scored_table(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(rows / "part-0.parquet")
+    paths = ["images/none.jpg", *table["image_path"].to_pylist()[1:]]
+    broken = table.set_column(table.schema.get_field_index("image_path"), "image_path", pa.array(paths))
+    (tmp_path / "rows").mkdir()
+    pq.write_table(broken, tmp_path / "rows" / "part.parquet")
+    output = str(tmp_path / "out")
+    options = ScoreConfig(image_roots=(str(rows),), precision="fp32")
+    score_in_process(bundle, str(tmp_path / "rows"), output, options)
+    capsys.readouterr()
+    assert main(["errors", output, "--column", "id"]) == 0
+    text = capsys.readouterr().out
+    assert "degraded  image: MISSING: no such file  id=0" in text
+    assert "1  degraded  MISSING" in text
+    assert main(["errors", output, "--reason", "TRUNCATED"]) == 0
+    assert "no row has the reason TRUNCATED" in capsys.readouterr().out
+    assert main(["verify", output, "--level", "2"]) == 0
+    assert "20 rows in 1 slices: verified at level 2" in capsys.readouterr().out
+    assert main(["verify", output, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    next(Path(output, "data").iterdir()).unlink()
+    assert "1 files missing" in fails(capsys, ["verify", output], code=4)
+
+
+def test_a_run_of_another_model_exits_3(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out")
+    score_in_process(bundle, str(rows), output, ScoreConfig())
+    save_bundle(with_golden(small_bundle(seed=1), rows), str(tmp_path / "other"))
+    assert "another model" in fails(capsys, ["score", str(tmp_path / "other"), str(rows), output], code=3)
