@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def epoch_line(entry: dict[str, Any]) -> str:
     """Returns one line on an epoch of training."""
-    values = (f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch" and value == value)
+    values = (f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch" and value is not None)
     return f"epoch {entry['epoch']:>3}: " + ", ".join(values)
 
 
@@ -186,7 +186,6 @@ def _score_config(args: argparse.Namespace) -> ScoreConfig:
 def _score(args: argparse.Namespace) -> None:
     from mmray.progress import row_progress
     from mmray.score.job import score_table
-    from mmray.summary import score_lines
 
     with row_progress() as progress:
         result = score_table(
@@ -197,7 +196,7 @@ def _score(args: argparse.Namespace) -> None:
             on_start=lambda plan, done: progress.start("scoring", plan.num_rows, done),
             on_slice=lambda ledger: progress.advance(ledger.rows),
         )
-    print("\n".join(score_lines(result)))
+    print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
 
 
 def _add_verify(commands: Any) -> None:

@@ -34,7 +34,7 @@ class Evaluation:
     """Labelled rows measured."""
     skipped: int
     """Rows without a label, or that could not be predicted."""
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
     """View (`all modalities`, `image only`, `text only`) -> metric -> value."""
     confusion: list[list[int]] | None
     """Rows by true and predicted label, for binary and multiclass."""

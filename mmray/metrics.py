@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmray.model.vision import torchvision
 
-NAN = torch.tensor(torch.nan)  # of a metric that the rows do not define
+NAN = torch.tensor(torch.nan)
 
 
 class LabelQuality(TypedDict):
@@ -31,8 +31,8 @@ PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "average_p
 """The metric that picks the best epoch of each task; larger is better for all of them."""
 
 
-def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float]:
-    """Measures N rows.
+def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float | None]:
+    """Measures N rows; None is a metric that these rows do not define.
 
     Args:
         task: `binary`, `multiclass`, `multilabel` or `regression`.
@@ -41,7 +41,7 @@ def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic
     """
     got, want = torch.from_numpy(np.ascontiguousarray(outputs)), torch.from_numpy(np.ascontiguousarray(targets))
     values = _MEASURES[task](got, want)
-    return {name: float(value) for name, value in values.items()}
+    return {name: float(value) if torch.isfinite(value) else None for name, value in values.items()}
 
 
 @cache

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,26 +19,12 @@ from mmray.score.verify import VerifyReport
 from mmray.table import Reason
 
 
-def score_lines(result: ScoreResult) -> list[str]:
-    """Returns what a scoring run did, a few lines."""
-    ledger = result.ledger
-    counts = ", ".join(f"{ledger.count(status):,} {status}" for status in ("ok", "degraded", "failed"))
-    lines = [f"{ledger.rows:,} rows: {counts}"]
-    lines += [f"  {count:>10,}  {reason}" for reason, count in _by_count(ledger.reasons)]
-    if result.scored_slices:
-        steady = f", steady {result.steady_rows_per_s:,.0f} rows/s" if result.steady_rows_per_s else ""
-        lines.append(f"{result.scored_slices:,} of {result.num_slices:,} slices in {result.seconds:.1f} s{steady}")
-    else:
-        lines.append("the run was complete already; nothing was scored")
-    return [*lines, os.path.join(result.output, "data")]
-
-
 def metrics_table(evaluation: Evaluation) -> str:
     """Returns the metrics of each view as aligned text."""
     names = list(next(iter(evaluation.metrics.values())))
     lines = [" " * 16 + "".join(f"{name:>20}" for name in names)]
     for view, metrics in evaluation.metrics.items():
-        lines.append(f"{view:<16}" + "".join(f"{metrics[name]:>20.4f}" for name in names))
+        lines.append(f"{view:<16}" + "".join(f"{_number(metrics[name]):>20}" for name in names))
     return "\n".join([*lines, f"{evaluation.rows:,} rows, {evaluation.skipped:,} skipped (no label or no prediction)"])
 
 
@@ -69,7 +55,7 @@ def evaluation_tiles(evaluation: Evaluation) -> list[Headline]:
     """Returns the headline numbers of an evaluation: the main metric of each view."""
     metric = PRIMARY[evaluation.info.config.task.kind]
     return [
-        {"label": f"{metric.replace('_', ' ')}, {view}", "value": values[metric]}
+        {"label": f"{metric.replace('_', ' ')}, {view}", "value": _number(values[metric])}
         for view, values in evaluation.metrics.items()
     ]
 
@@ -117,6 +103,10 @@ def provenance(evaluation: Evaluation, bundle: str) -> Provenance:
     }
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _epoch(entry: Mapping[str, Any], task: str) -> Epoch:
     epoch: Epoch = {"epoch": entry["epoch"], "train_loss": entry["train_loss"]}
     epoch["validation_loss"] = entry["validation_loss"]
@@ -127,11 +117,7 @@ def _epoch(entry: Mapping[str, Any], task: str) -> Epoch:
 
 def _reasons(ledger: Ledger) -> list[ReasonCount]:
     counts: list[ReasonCount] = []
-    for key, count in _by_count(ledger.reasons):
+    for key, count in ledger.reasons_by_count():
         status, reason = key.split("/")
         counts.append({"status": status, "reason": reason, "count": count, "meaning": Reason[reason].meaning})
     return counts
-
-
-def _by_count(counts: Mapping[str, int]) -> Sequence[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])

@@ -218,12 +218,12 @@ def test_a_driver_that_is_killed_resumes_with_the_same_command(
     committed = 0
     for kill in kills:
         with subprocess.Popen([*COMMAND, *command], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
-            wait_for(lambda: len(list(output.glob("data/*.parquet"))) > committed or process.poll() is not None)
+            wait_for(lambda p=process, n=committed: num_parts(output) > n or p.poll() is not None)
             process.send_signal(kill)
             _, errors = process.communicate()
         assert process.returncode == (130 if kill is signal.SIGINT else -kill), errors
         assert "Traceback" not in errors
-        committed = len(list(output.glob("data/*.parquet")))
+        committed = num_parts(output)
         assert 0 < committed < 60, "it was stopped in the middle"
         assert not (output / "_SUCCESS").exists()
     finished = mmray(*command)
@@ -242,6 +242,10 @@ def test_a_finished_run_answers_without_ray_or_a_model(rows: Path, bundle: str, 
     run = subprocess.run([sys.executable, "-c", code, bundle, str(rows), str(output)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "nothing was scored" in run.stdout
+
+
+def num_parts(output: Path) -> int:
+    return len(list(output.glob("data/*.parquet")))
 
 
 def wait_for(condition: Any, timeout_s: float = 120) -> None:

@@ -22,7 +22,7 @@ from mmray.evaluate import Evaluation, evaluate_bundle
 from mmray.report import Headline, Report, write_report
 from mmray.score.job import ScoreResult, score_table
 from mmray.score.verify import VerifyReport, verify_output
-from mmray.summary import evaluation_report, score_lines, scoring_section
+from mmray.summary import evaluation_report, scoring_section
 from mmray.train.job import TrainResult, train_model
 
 SCORED_FILES = 4
@@ -158,7 +158,7 @@ def _print_summary(
 ) -> None:
     accuracy = {view: metrics["accuracy"] for view, metrics in evaluation.metrics.items()}
     console.print("\n[bold]test accuracy[/bold]  " + "   ".join(f"{view} {a:.3f}" for view, a in accuracy.items()))
-    console.print("[bold]scored[/bold]         " + "\n               ".join(score_lines(scored)[:-1]))
+    console.print("[bold]scored[/bold]         " + "\n               ".join(scored.lines()))
     state = "every row is there, once and in order" if verified.passed else "; ".join(verified.mismatches)
     console.print(f"[bold]verified[/bold]       {state}")
     console.print("[bold]seconds[/bold]        " + "  ".join(f"{stage} {s:.0f}" for stage, s in seconds.items()))

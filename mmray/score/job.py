@@ -13,6 +13,7 @@ from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
+from mmray.table import Status
 
 Progress = Callable[[Ledger], None]
 """Called with the ledger of each slice as it is committed."""
@@ -30,6 +31,17 @@ class ScoreResult:
     seconds: float
     steady_rows_per_s: float | None
     """Rate between the first and the last slice of this call, start-up excluded."""
+
+    def lines(self) -> list[str]:
+        """Returns what the run did, for a terminal."""
+        ledger = self.ledger
+        counts = ", ".join(f"{ledger.count(status):,} {status.value}" for status in Status)
+        lines = [f"{ledger.rows:,} rows: {counts}"]
+        lines += [f"  {count:>10,}  {reason}" for reason, count in ledger.reasons_by_count()]
+        if self.scored_slices:
+            steady = f", steady {self.steady_rows_per_s:,.0f} rows/s" if self.steady_rows_per_s else ""
+            return [*lines, f"{self.scored_slices:,} of {self.num_slices:,} slices in {self.seconds:.1f} s{steady}"]
+        return [*lines, "the run was complete already; nothing was scored"]
 
 
 def score_table(

@@ -69,3 +69,7 @@ class Ledger:
     def count(self, status: str) -> int:
         """Returns the rows of a status."""
         return self.statuses.get(status, 0)
+
+    def reasons_by_count(self) -> list[tuple[str, int]]:
+        """Returns `status/REASON` and rows, the most frequent first."""
+        return sorted(self.reasons.items(), key=lambda item: -item[1])

@@ -123,7 +123,7 @@ def best_epoch(history: Sequence[Mapping[str, Any]], config: Config) -> int:
 
     def quality(entry: Mapping[str, Any]) -> tuple[float, float]:
         value = entry[metric]
-        return (-math.inf if math.isnan(value) else value, -entry["validation_loss"])
+        return (-math.inf if value is None else value, -entry["validation_loss"])
 
     return max(range(len(history)), key=lambda k: quality(history[k]))
 
@@ -192,7 +192,7 @@ def to_tensors(
 
 
 @torch.no_grad()
-def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str, float]:
+def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str, float | None]:
     """Measures every validation row once, over all workers."""
     model.eval()
     device = next(model.parameters()).device
@@ -201,19 +201,20 @@ def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str,
         arrays, present, wanted = to_tensors(batch, config, device)
         embeddings = model.encode(arrays)
         logits = model.fuse(embeddings, present)
-        losses.append(float(model.head.loss(logits, wanted)) * len(wanted))
+        weight = model.image_weight(embeddings, present)
         outputs.append(model.head.outputs(logits).cpu().numpy())
         targets.append(wanted.cpu().numpy())
-        weight = model.image_weight(embeddings, present)
-        weights.append(float("nan") if weight is None else float(weight.mean()) * len(wanted))
-    parts = _gather((outputs, targets, sum(losses), sum(weights)))
+        losses.append(float(model.head.loss(logits, wanted)) * len(wanted))
+        weights += [] if weight is None else weight.tolist()
+    parts = _gather((outputs, targets, sum(losses), weights))
     all_outputs = np.concatenate([array for part in parts for array in part[0]])
     all_targets = np.concatenate([array for part in parts for array in part[1]])
-    summary = {
+    all_weights = [weight for part in parts for weight in part[3]]
+    return {
         "validation_loss": sum(part[2] for part in parts) / len(all_targets),
-        "image_weight": sum(part[3] for part in parts) / len(all_targets),
+        "image_weight": float(np.mean(all_weights)) if all_weights else None,
+        **measure(config.task.kind, all_outputs, all_targets),
     }
-    return {**summary, **measure(config.task.kind, all_outputs, all_targets)}
 
 
 def _build(settings: Settings) -> FusionModel:
