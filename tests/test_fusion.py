@@ -119,3 +119,14 @@ def test_bilinear_is_its_formula() -> None:
     product = product * torch.tanh(fusion._factors["text"](embeddings["text"]))
     expected = product @ fusion._output.weight.T + fusion._output.bias + embeddings["image"] + embeddings["text"]
     torch.testing.assert_close(fusion(embeddings, present), expected)
+
+
+@pytest.mark.parametrize("certainty", [20.0, 95.0, 500.0])
+def test_a_modality_left_alone_is_taken_bit_for_bit_however_certain_of_the_other_the_gate_is(certainty: float) -> None:
+    fusion, (embeddings, present) = fusion_of({"kind": "weighted_sum", "alpha": "gated"}), inputs()
+    assert isinstance(fusion, WeightedSum)
+    assert fusion._gate is not None
+    with torch.no_grad():
+        fusion._gate.bias.copy_(torch.tensor([certainty, 0.0]))
+    withheld = {**present, "image": torch.zeros(3, dtype=torch.bool)}
+    assert torch.equal(fusion(embeddings, withheld), embeddings["text"])

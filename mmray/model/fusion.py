@@ -82,10 +82,9 @@ class WeightedSum(Fusion):
         stacked = self._stack(embeddings)
         logits = self.logits if self._gate is None else self._gate(stacked.flatten(1))
         mask = torch.stack([present[name] for name in self.modalities], dim=1)
-        weights = torch.softmax(logits.float().expand(mask.shape), dim=1) * mask
-        # Exactly one where a single modality is left: x / x = 1.
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return weights.to(stacked.dtype)
+        # Masked before the softmax: one modality left then weighs exactly one, however small its weight beside others.
+        masked = logits.float().expand(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return (torch.softmax(masked, dim=1) * mask).to(stacked.dtype)
 
     def forward(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
         """Returns the fused embedding [B, D]."""

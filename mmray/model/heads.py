@@ -53,8 +53,8 @@ class BinaryHead(Head):
         smooth = y * (1 - self._smoothing) + self._smoothing / 2
         losses = F.binary_cross_entropy_with_logits(z, smooth, reduction="none")
         if self._gamma:
-            p = torch.sigmoid(z)
-            losses = losses * (1 - torch.where(y > 0.5, p, 1 - p)) ** self._gamma
+            # (1 - p_t)^gamma through its logarithm: the power itself has no finite gradient at p_t = 1.
+            losses = losses * torch.exp(self._gamma * F.logsigmoid(torch.where(y > 0.5, -z, z)))
         return (losses * self.weights[y.long()]).mean()
 
     def outputs(self, logits: Tensor) -> Tensor:
@@ -76,10 +76,12 @@ class MulticlassHead(Head):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a batch, a scalar."""
-        losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=self._smoothing)
+        z = logits.float()
+        losses = F.cross_entropy(z, targets, reduction="none", label_smoothing=self._smoothing)
         if self._gamma:
-            p = torch.softmax(logits.float(), dim=1).gather(1, targets[:, None]).squeeze(1)
-            losses = losses * (1 - p) ** self._gamma
+            # log(1 - p_y), of all labels but y: the power itself has no finite gradient at p_y = 1.
+            others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(dim=1)
+            losses = losses * torch.exp(self._gamma * (others - z.logsumexp(dim=1)))
         return (losses * self.weights[targets]).mean()
 
     def outputs(self, logits: Tensor) -> Tensor:

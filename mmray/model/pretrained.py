@@ -1,7 +1,9 @@
 """What others have learned, as a start: torchvision networks with their weights, and word vectors."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
     known = models.list_models(module=models)
     if name not in known:
         raise ConfigError(f"model.image_encoder.name = {name!r} is no torchvision network{nearest(name, known)}")
-    network: nn.Module = models.get_model(name, **_without_auxiliary_heads(name))
+    network: nn.Module = models.get_model(name, **_inception_options(name))
     if weights != "none":
         state = _read_state(weights) if Path(weights).is_file() else _download(name, weights)
         _load(network, state, name, weights)
@@ -38,28 +40,49 @@ def load_word_vectors(path: str, embedding: Tensor, words: Sequence[str], reserv
     """Puts the vectors of known words into an embedding [V, D]; words without a vector keep their random start.
 
     Raises:
-        ConfigError: the file is missing or its vectors are of another width.
+        ConfigError: the file is missing, its vectors are of another width, or it knows none of the words.
     """
-    rows = {word: k + reserved for k, word in enumerate(words)}
+    width = embedding.shape[1]
     try:
-        with open(path, encoding="utf-8") as lines, torch.no_grad():
-            for line in lines:
-                word, *values = line.rstrip().split(" ")
-                if word not in rows:
-                    continue
-                if len(values) != embedding.shape[1]:
-                    raise ConfigError(
-                        f"{path} has vectors of {len(values)} numbers; set embedding_dim = {len(values)}, "
-                        f"got {embedding.shape[1]}"
-                    )
-                embedding[rows[word]] = torch.tensor([float(value) for value in values])
+        with open(path, encoding="utf-8") as lines:
+            first = lines.readline()
+            found = _vector_width(first)
+            if found != width:
+                raise ConfigError(f"{path} has vectors of {found} numbers; set embedding_dim = {found}, got {width}")
+            vectors = _known_vectors(itertools.chain([first], lines), set(words), width)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read word vectors from {path!r}: {error}") from None
+    if not vectors:
+        raise ConfigError(
+            f"{path} has a vector for none of the {len(words)} words; is it of another language, or in upper case?"
+        )
+    with torch.no_grad():
+        for k, word in enumerate(words):
+            if word in vectors:
+                embedding[k + reserved] = torch.tensor(vectors[word])
 
 
-def _without_auxiliary_heads(name: str) -> dict[str, bool]:
-    # These two also train through side branches, and give them beside their output.
-    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+def _vector_width(first: str) -> int:
+    # word2vec and fastText begin with a line `number_of_words width`, GloVe with its first word.
+    fields = first.split()
+    return int(fields[1]) if len(fields) == 2 else len(fields) - 1
+
+
+def _known_vectors(lines: Iterable[str], words: Set[str], width: int) -> dict[str, list[float]]:
+    vectors = {}
+    for line in lines:
+        word, _, numbers = line.rstrip().partition(" ")
+        # GloVe has words with spaces: a line that begins with a known word and is too long is another word's.
+        if word in words and numbers.count(" ") == width - 1:
+            vectors[word] = [float(number) for number in numbers.split(" ")]
+    return vectors
+
+
+def _inception_options(name: str) -> dict[str, bool]:
+    # These two also train through side branches, which they give beside their output, and their published weights
+    # expect (x - 0.5) / 0.5: transform_input turns ImageNet's normalisation into it, as torchvision does with weights.
+    options = {"aux_logits": False, "init_weights": True, "transform_input": True}
+    return options if name in ("googlenet", "inception_v3") else {}
 
 
 def _read_state(path: str) -> Mapping[str, Tensor]:
@@ -68,10 +91,12 @@ def _read_state(path: str) -> Mapping[str, Tensor]:
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise whatever their bytes lead to
         raise ConfigError(f"cannot read weights from {path!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"{path!r} holds no state dict (names and tensors); save `network.state_dict()` alone")
+    return state
 
 
 def _download(name: str, weights: str) -> Mapping[str, Tensor]:
@@ -99,7 +124,7 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], name: str, weights: s
     usable = {key: value for key, value in state.items() if not key.startswith(f"{last}.")}
     wanted = {key for key in own if not key.startswith(f"{last}.") and not key.endswith("num_batches_tracked")}
     missing = sorted(wanted - set(usable))
-    wrong = [key for key in wanted & set(usable) if own[key].shape != usable[key].shape]
+    wrong = sorted(key for key in wanted & set(usable) if own[key].shape != usable[key].shape)
     if missing or wrong:
         example = f"it lacks {missing[0]!r}" if missing else f"{wrong[0]!r} has another shape"
         raise ConfigError(f"the weights in {weights!r} are not those of {name}: {example}; name their network")
