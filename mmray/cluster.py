@@ -19,6 +19,7 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
+from mmray import errors
 from mmray.config import ScoreConfig
 from mmray.errors import EnvironmentFaultError, MmrayError
 from mmray.slices import Slice, slices_to_arrow
@@ -111,26 +112,17 @@ def _pool_size(gpus_per_actor: float) -> int:
 
 
 def unwrap(error: BaseException, what: str) -> MmrayError:
-    """Finds our own error inside the one that Ray raised for a remote failure, or says what failed in one line."""
-    pending, seen = [error], set[int]()
-    while pending:
-        inner = pending.pop()
-        if isinstance(inner, MmrayError):
-            # Ray derives a class of its own from ours for the error it carries; report the one that users know.
-            known = next(c for c in type(inner).__mro__ if c.__module__ == MmrayError.__module__)
-            assert issubclass(known, MmrayError)
-            return known(_message(inner))
-        seen.add(id(inner))
-        nested = [getattr(inner, "cause", None), inner.__cause__, inner.__context__]
-        nested += list((getattr(inner, "worker_failures", None) or {}).values())
-        pending += [e for e in nested if isinstance(e, BaseException) and id(e) not in seen]
-    return EnvironmentFaultError(f"{what} stopped: {_message(error)}; what is done is kept, run the same command again")
+    """Finds our own error in what Ray raised for a remote failure, or says what failed in one line.
 
-
-def _message(error: BaseException) -> str:
-    """Returns the last line of a message: Ray puts the remote traceback before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return re.sub(r"^(\w+\.)+\w+: ", "", lines[-1])
+    Ray carries the remote traceback as text, in which our error stands with its class and message.
+    """
+    texts = [str(error), *map(str, getattr(error, "worker_failures", {}).values())]
+    for text in texts:
+        for name, message in re.findall(r"^mmray\.errors\.(\w+): (.+)$", text, re.MULTILINE):
+            return getattr(errors, name)(message)  # type: ignore[no-any-return]
+    lines = [line for line in texts[-1].splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
+    cause = lines[0] if lines else texts[-1].strip().partition("\n")[0] or type(error).__name__
+    return EnvironmentFaultError(f"{what} stopped: {cause}; what is done is kept, the same command continues")
 
 
 def _start_local(num_cpus: int) -> None:
