@@ -163,7 +163,7 @@ def _add_placement(parser: Any) -> None:
     parser.add_argument("--text-column", metavar="C", help="default: the one trained on")
     parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per CPU, or per GPU)")
     parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: auto")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32)")
     parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from mmray.errors import ConfigError, nearest
 
@@ -99,7 +99,7 @@ class CnnEncoderConfig(Section):
     """Blocks of 3x3 convolution, ReLU and 2x2 pooling, then the global average."""
 
     kind: Literal["cnn"] = "cnn"
-    channels: tuple[int, ...] = (32, 64, 128)
+    channels: tuple[PositiveInt, ...] = Field(default=(32, 64, 128), min_length=1)
     """Output channels of each block."""
     batch_norm: bool = True
     """Normalise after each convolution."""
@@ -298,7 +298,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""
     patience: int = Field(default=0, ge=0)
-    """Epochs without a better validation metric before training stops; 0 never stops early."""
+    """Epochs without a lower validation loss before training stops; 0 never stops early."""
     seed: int = 0
     """Seed of the initial weights, the order of rows and the augmentation."""
     num_workers: int = Field(default=1, ge=1)
@@ -340,6 +340,11 @@ class Config(Section):
             )
         if self.text.ngram_max < self.text.ngram_min:
             raise ValueError("text.ngram_max is smaller than text.ngram_min")
+        if self.train.batch_size < 2 * self.train.num_workers:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} leaves a worker less than two rows; "
+                f"use at least {2 * self.train.num_workers}"
+            )
         if self.train.precision == "fp16" and not self.train.use_gpu:
             raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")
         return self
@@ -356,7 +361,7 @@ class ScoreConfig(Section):
     """Folders or URIs that image paths may lie in; without any, the table's own folder."""
     probabilities: bool = False
     """Add the probability of every label."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Number format of the forward pass; auto takes bf16 where the hardware has it and the golden rows agree."""
     batch_size: int = Field(default=32, ge=1)
     """Rows per forward pass; never changes a score by more than the stated tolerance."""

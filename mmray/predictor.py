@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mmray.bundle import Bundle
 from mmray.config import ScoreConfig
 from mmray.errors import BundleError, ConfigError
+from mmray.model.folding import fold_batch_norms
 from mmray.model.precision import Precision, autocast, resolve_precision
 from mmray.preprocess import Features, Preprocessor
 from mmray.preprocess.image import prepare_decoders
@@ -58,7 +59,9 @@ class Predictor:
                 "a GPU was asked for and this machine has none that torch can use; set gpus_per_actor = 0"
             )
         self.bundle, self.options, self.device = bundle, options, device
-        self._model = bundle.build_model().to(device)
+        self._model = bundle.build_model()
+        fold_batch_norms(self._model)
+        self._model.to(device)
         pool = ThreadPoolExecutor(options.decode_threads) if options.decode_threads > 1 else None
         self._preprocess = Preprocessor(bundle.config, bundle.vocabulary, source, pool)
         self._ahead = ThreadPoolExecutor(1)

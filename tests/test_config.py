@@ -54,6 +54,8 @@ def test_the_kind_of_an_encoder_chooses_its_settings(tmp_path: Path) -> None:
         ('[table]\ntrain = "x"\nimage_column = ""\ntext_column = ""\n', "both empty; keep at least one"),
         ('[table]\ntrain = "x"\n[train]\nprecision = "fp16"\n', "needs train.use_gpu = true"),
         ('[table]\ntrain = "x"\n[model]\nwidth = 6\n[model.fusion]\nkind = "attention"\n', "does not divide"),
+        ('[table]\ntrain = "x"\n[train]\nbatch_size = 2\nnum_workers = 2\n', "use at least 4"),
+        ('[table]\ntrain = "x"\n[model.image_encoder]\nkind = "cnn"\nchannels = [0]\n', "channels.0"),
         ("", "'table' is missing"),
         ("[table\n", "is not TOML"),
     ],
