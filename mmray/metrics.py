@@ -28,7 +28,7 @@ class LabelQuality(TypedDict):
 
 
 PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "average_precision", "regression": "r2"}
-"""The metric that picks the best epoch of each task; larger is better for all of them."""
+"""The metric that stands for each task where there is room for one; larger is better for all of them."""
 
 
 def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float | None]:

@@ -20,6 +20,7 @@ from mmray.config import (
 )
 from mmray.errors import ConfigError
 from mmray.model.encoders import BagEncoder, CnnEncoder, Encoder, RecurrentEncoder, TorchvisionEncoder
+from mmray.model.pretrained import load_word_vectors
 from mmray.model.vision import torchvision
 
 TEXT = TextConfig(ngram_buckets=10)
@@ -141,3 +142,56 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     safetensors.torch.save_file({**state, "conv1.weight": torch.zeros(64, 1, 7, 7)}, path)
     with pytest.raises(ConfigError, match=r"'conv1\.weight' has another shape"):
         TorchvisionEncoder(TorchvisionEncoderConfig(name="resnet18", weights=str(path)))
+
+
+def test_reading_both_ways_the_last_state_is_the_last_of_each_direction() -> None:
+    encoder = recurrent("lstm", True, "last", TextConfig())
+    one, other = torch.tensor([[2, 3, 4, 5, 0]]), torch.tensor([[6, 3, 4, 5, 0]])
+    difference = (encoder({"token_ids": one}) - encoder({"token_ids": other})).abs()
+    assert difference[0, :5].min() > 0
+    assert difference[0, 5:].min() > 0  # reading backwards, the first word is read last
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"conv1.weight": 3}], ids=["tensor", "list", "numbers"])
+def test_a_weights_file_without_a_state_dict_is_a_mistake_that_is_explained(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="holds no state dict"):
+        TorchvisionEncoder(TorchvisionEncoderConfig(name="resnet18", weights=str(tmp_path / "weights.pt")))
+
+
+def vectors_loaded(path: Path, lines: str, words: tuple[str, ...]) -> Tensor:
+    path.write_text(lines, encoding="utf-8")
+    embedding = torch.zeros(len(words) + 2, 2)
+    load_word_vectors(str(path), embedding, words, 2)
+    return embedding[2:]
+
+
+def test_word_vectors_come_with_or_without_a_header_and_with_words_that_hold_spaces(tmp_path: Path) -> None:
+    path, words = tmp_path / "vectors.txt", ("3", "red", ".", "unheard")
+    expected = torch.tensor([[0.0, 0.0], [1.0, 2.0], [5.0, 6.0], [0.0, 0.0]])
+    word2vec, glove = "3 2\nred 1 2\n. 5 6\n", "red 1 2\n. . . 3 4\n. 5 6\n"
+    assert torch.equal(vectors_loaded(path, word2vec, words), expected)
+    assert torch.equal(vectors_loaded(path, glove, words), expected)
+
+
+def test_word_vectors_for_none_of_the_words_are_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none of the 2 words"):
+        vectors_loaded(tmp_path / "vectors.txt", "ROUGE 1 2\n", ("red", "blue"))
+
+
+def test_networks_with_a_normalisation_of_their_own_get_it() -> None:
+    # Their published weights expect (x - 0.5) / 0.5, which torchvision's builders switch on with them.
+    torch.manual_seed(0)
+    encoder = TorchvisionEncoder(TorchvisionEncoderConfig(name="googlenet"))
+    pixels = encoder._pixels(torch.tensor([[[[255, 0, 51]]]], dtype=torch.uint8))
+    transformed = encoder._backbone._transform_input(pixels)
+    torch.testing.assert_close(transformed.flatten(), torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_words_and_ngrams_that_training_has_not_seen_say_next_to_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = BagEncoder(BagEncoderConfig(), TextConfig(ngram_buckets=100), WORDS)
+    assert encoder(texts()).abs().max() < 0.3
+    assert (
+        encoder({"token_ids": torch.zeros(1, 2, dtype=torch.int32), "ngram_ids": torch.zeros(1, 2).int()}).norm() == 0
+    )

@@ -37,10 +37,12 @@ class FusionModel(nn.Module):
         self._modality_dropout = model.modality_dropout
         encoders = {name: ENCODERS[name](config, words) for name in self.modalities}
         self._encoders = nn.ModuleDict(encoders)
+        # Normalised over the batch and not over each row: the length of a row's embedding says how much its encoder has
+        # recognised, and a sum of two embeddings has to know which one to trust.
         self._projections = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    nn.Linear(encoder.output_dim, model.width), nn.LayerNorm(model.width), nn.Dropout(model.dropout)
+                    nn.Linear(encoder.output_dim, model.width), nn.BatchNorm1d(model.width), nn.Dropout(model.dropout)
                 )
                 for name, encoder in encoders.items()
             }

@@ -26,6 +26,7 @@ from mmray.model.pretrained import load_word_vectors, torchvision_backbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESERVED_IDS = 2  # padding and the unknown word
+EMBEDDING_STD = 0.05  # of a vector's start: what training hardly sees (rare words, n-grams) stays near nothing
 
 
 class Encoder(nn.Module):
@@ -109,11 +110,13 @@ class _Words(nn.Module):
     def __init__(self, text: TextConfig, width: int, words: Sequence[str], vectors: str | None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(words) + RESERVED_IDS, width, padding_idx=0)
+        _start_small(self.embedding)
         if vectors is not None:
             load_word_vectors(vectors, self.embedding.weight, words, RESERVED_IDS)
         self.ngrams: nn.EmbeddingBag | None = None
         if text.ngram_buckets:
             self.ngrams = nn.EmbeddingBag(text.ngram_buckets + 1, width, mode="mean", padding_idx=0)
+            _start_small(self.ngrams)
         self.extra_dim = width if text.ngram_buckets else 0
 
     def append_ngrams(self, encoded: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -121,6 +124,11 @@ class _Words(nn.Module):
         if self.ngrams is None:
             return encoded
         return torch.cat([encoded, self.ngrams(arrays["ngram_ids"]).to(encoded.dtype)], dim=1)
+
+
+def _start_small(table: nn.Embedding | nn.EmbeddingBag) -> None:
+    with torch.no_grad():
+        table.weight.normal_(std=EMBEDDING_STD)[table.padding_idx] = 0
 
 
 class RecurrentEncoder(Encoder):
@@ -141,7 +149,13 @@ class RecurrentEncoder(Encoder):
         token_ids = arrays["token_ids"]
         mask = token_ids != 0
         states = self._states(self._words.embedding(token_ids), mask)
-        return self._words.append_ngrams(_POOLINGS[self._pooling](states, mask), arrays)
+        return self._words.append_ngrams(self._pool(states, mask), arrays)
+
+    def _pool(self, states: Tensor, mask: Tensor) -> Tensor:
+        if not self._bidirectional or self._pooling != "last":
+            return _POOLINGS[self._pooling](states, mask)
+        forwards, backwards = states.chunk(2, dim=2)  # reading backwards, the last state stands at the first token
+        return torch.cat([_last(forwards, mask), _last(backwards[:, :1], mask[:, :1])], dim=1)
 
     def _states(self, embedded: Tensor, mask: Tensor) -> Tensor:
         if not self._bidirectional:  # reading forwards, what follows the last token cannot reach the states before it

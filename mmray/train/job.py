@@ -72,7 +72,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
     bundle_uri = f"{folder}/bundle"
     if open_store(bundle_uri).stat("bundle.json"):
         history = read_info(bundle_uri).metrics["history"]
-        return TrainResult(bundle_uri, history, history[best_epoch(history, config)], 0)
+        return TrainResult(bundle_uri, history, history[best_epoch(history)], 0)
     finished = latest_checkpoint(folder)
     with cluster(max(config.train.num_workers, local_cpus())):
         try:
@@ -87,9 +87,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
     assert state is not None, "a fitted run has a checkpoint"
     save_bundle(_make_bundle(config, tables, counts, labels, words, state), bundle_uri)
     before = len(finished.history) if finished else 0
-    return TrainResult(
-        bundle_uri, state.history, state.history[best_epoch(state.history, config)], len(state.history) - before
-    )
+    return TrainResult(bundle_uri, state.history, state.history[best_epoch(state.history)], len(state.history) - before)
 
 
 def _fit(
@@ -211,7 +209,7 @@ def _make_bundle(
         vocabulary=words,
         weights=state.best,
         metrics={
-            "validation": state.history[best_epoch(state.history, config)],
+            "validation": state.history[best_epoch(state.history)],
             "history": state.history,
             "train_rows": counts.rows,
             "unlabelled_rows": counts.unlabelled,

@@ -65,8 +65,8 @@ class ShuffledRows:
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
         order = np.random.default_rng([self._seed, number]).permutation(len(self._rows))
-        if len(order) < self._batch_size:  # a table smaller than one batch: every worker still needs a row
-            order = np.resize(order, max(len(order), world))
+        if len(order) < self._batch_size:  # a table smaller than one batch: every worker still needs two rows
+            order = np.resize(order, max(len(order), 2 * world))
         step = min(self._batch_size, len(order))
         for start in range(0, len(order) - step + 1, step):
             yield self._rows.take(order[start : start + step][rank::world])
