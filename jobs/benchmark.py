@@ -1,0 +1,237 @@
+"""Measures on this machine, in one run, what the README claims; prints the figures and writes them as JSON.
+
+    python jobs/benchmark.py score [--rows 4000] [--photos DIR]   scoring beside a bare loop over the same predictor
+    python jobs/benchmark.py demo                                 `mmray demo`, stage by stage
+
+`score` makes its own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings, enlarged), texts
+of 8 to 60 words, and an untrained mobilenet_v3_small + lstm. Same seed, same table.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
+NUM_FILES = 8
+CHILDREN_EVERY_S = 0.1
+
+
+def main() -> None:
+    """Runs one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["score", "demo"])
+    parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per CPU")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mmray-benchmark-") as folder:
+        figures = measure_demo(Path(folder)) if args.what == "demo" else measure_scoring(args, Path(folder))
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
+
+
+def measure_demo(folder: Path) -> dict[str, Any]:
+    """Returns the seconds of the demo's stages and its peak memory."""
+    run = run_mmray("demo", "--dir", folder / "demo")
+    stages = re.findall(r"(\w+) (\d+)", re.findall(r"^seconds +(.+)$", run["output"], re.MULTILINE)[0])
+    report = json.loads((folder / "demo" / "report.json").read_text())
+    accuracy = {view: values["accuracy"] for view, values in report["evaluation"]["metrics"].items()}
+    return {
+        "stage_s": {name: int(seconds) for name, seconds in stages},
+        "whole_process_s": run["seconds"],
+        "test_accuracy": accuracy,
+        "peak_rss_mb": run["peak_rss_mb"],
+    }
+
+
+def measure_scoring(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Returns rates of `mmray score` and of a bare loop over the same predictor, taken in turns, and peak memory."""
+    table, bundle = make_table(folder / "table", args.rows, args.photos), make_bundle(folder)
+    figures: dict[str, Any] = {"rows": args.rows, "processes": args.processes}
+    bare, runs = [], []
+    for k in range(args.repeats):
+        bare.append(bare_loop(bundle, table, args.processes))
+        runs.append(run_mmray("score", bundle, table, folder / f"out-{k}", "--actors", args.processes))
+        steady = re.findall(r"steady ([\d,]+) rows/s", runs[-1]["output"])[0]
+        runs[-1]["steady"] = float(steady.replace(",", ""))
+    again = run_mmray("score", bundle, table, folder / "out-0")
+    figures["bare_loop_rows_per_s"] = spread(bare)
+    figures["steady_rows_per_s"] = spread([run["steady"] for run in runs])
+    figures["whole_process_s"] = spread([run["seconds"] for run in runs])
+    figures["steady_to_bare"] = round(statistics.median([r["steady"] / b for r, b in zip(runs, bare, strict=True)]), 3)
+    figures["again_s"] = again["seconds"]
+    figures["peak_rss_mb"] = runs[-1]["peak_rss_mb"]
+    return figures
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns the least, middle and greatest of some values."""
+    named = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {name: round(value, 1) for name, value in named.items()}
+
+
+def make_table(folder: Path, rows: int, photos: Path | None) -> Path:
+    """Writes JPEGs and a table of (id, image_path, text) in several files."""
+    (folder / "images").mkdir(parents=True)
+    generator, records = np.random.default_rng(0), []
+    originals, words = list(pictures(photos)), Path(__file__).read_text().split()
+    for k in range(rows):
+        image, (width, height) = originals[k % len(originals)], SIZES[k % len(SIZES)]
+        top, left = (int(generator.integers(0, side * 4 // 10)) for side in image.shape[:2])
+        part = image[top : top + image.shape[0] * 6 // 10, left : left + image.shape[1] * 6 // 10]
+        sized = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
+        cv2.imwrite(str(folder / "images" / f"{k:06d}.jpg"), sized, [cv2.IMWRITE_JPEG_QUALITY, 85])
+        text = " ".join(generator.choice(words, generator.integers(8, 60)))
+        records.append({"id": k, "image_path": f"images/{k:06d}.jpg", "text": text})
+    for k in range(NUM_FILES):
+        pq.write_table(pa.Table.from_pylist(records[k::NUM_FILES]), folder / f"part-{k}.parquet")
+    return folder
+
+
+def pictures(photos: Path | None) -> Iterator[cv2.typing.MatLike]:
+    """Yields the photographs of a folder, or some of the demo's drawings."""
+    if photos is not None:
+        found = (cv2.imread(str(path)) for path in sorted(photos.iterdir()))
+        yield from (image for image in found if image is not None and min(image.shape[:2]) > 300)
+        return
+    from importlib.resources import as_file, files
+
+    with as_file(files("mmray.demo") / "clipart.parquet") as path:
+        for data in pq.read_table(path, columns=["image"])["image"].to_pylist()[:200]:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            assert image is not None, "the demo holds whole JPEGs"
+            yield cv2.resize(image, (800, 600), interpolation=cv2.INTER_CUBIC)
+
+
+def make_bundle(folder: Path) -> Path:
+    """Writes an untrained mobilenet_v3_small + lstm with golden rows of the table beside it."""
+    import torch
+
+    from mmray.bundle import Bundle, save_bundle
+    from mmray.config import parse_config
+    from mmray.model import FusionModel
+    from mmray.preprocess.text import Vocabulary
+    from mmray.slices import open_table
+    from mmray.train.golden import golden_rows
+
+    model = {"image_encoder": {"kind": "torchvision"}, "text_encoder": {"kind": "lstm"}}
+    config = parse_config({"table": {"train": "table"}, "task": {"kind": "binary"}, "model": model}, "benchmark")
+    torch.manual_seed(0)
+    words = tuple(sorted(set(Path(__file__).read_text().lower().split())))
+    weights = FusionModel(config, num_labels=2, words=words).state_dict()
+    bundle = Bundle(config=config, labels=("no", "yes"), vocabulary=Vocabulary(words), weights=weights)
+    table = folder / "table"
+    save_bundle(golden_rows(bundle, open_table(str(table)), (str(table),)), str(folder / "bundle"))
+    return folder / "bundle"
+
+
+def bare_loop(bundle: Path, table: Path, processes: int) -> float:
+    """Returns rows/s of processes that score the same slices with the same predictor: no Ray, nothing written."""
+    context = multiprocessing.get_context("spawn")
+    barrier, done = context.Barrier(processes + 1), context.Queue()
+    workers = [
+        context.Process(target=_score_share, args=(str(bundle), str(table), k, processes, barrier, done))
+        for k in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    started = time.perf_counter()
+    rows = sum(done.get() for _ in workers)
+    seconds = time.perf_counter() - started
+    for worker in workers:
+        worker.join()
+    return float(rows / seconds)
+
+
+def _score_share(bundle: str, table: str, first: int, step: int, barrier: Any, done: Any) -> None:
+    from mmray.bundle import load_bundle
+    from mmray.config import ScoreConfig
+    from mmray.predictor import Predictor
+    from mmray.slices import cut, open_table, read_slice
+    from mmray.source import ImageSource
+
+    loaded = load_bundle(bundle)
+    source = ImageSource([table], loaded.config.image.max_bytes)
+    predictor = Predictor.on_this_worker(loaded, source, ScoreConfig())
+    barrier.wait()
+    done.put(sum(predictor.score(read_slice(piece)).num_rows for piece in cut(open_table(table))[first::step]))
+
+
+def run_mmray(*arguments: object) -> dict[str, Any]:
+    """Runs a command in a process of its own; returns its seconds, its output, and peak memory by role."""
+    started, peaks = time.perf_counter(), dict[int, tuple[str, float]]()
+    command = [sys.executable, "-m", "mmray.cli", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
+        watcher.start()
+        output = process.communicate()[0]
+        watcher.join()
+    seconds = round(time.perf_counter() - started, 1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
+    roles: dict[str, float] = {}
+    for role, peak in peaks.values():
+        roles[role] = max(roles.get(role, 0), round(peak))
+    return {"seconds": seconds, "output": output, "peak_rss_mb": roles}
+
+
+def _watch(process: subprocess.Popen[str], peaks: dict[int, tuple[str, float]]) -> None:
+    """Keeps each process's highest resident size (`VmHWM`), while the command runs."""
+    while process.poll() is None:
+        for pid in _family(process.pid):
+            name, peak = _look(pid)
+            role = {"ray::MapWorker": "actor", "ray::RayTrainWorker": "training worker"}.get(name, "")
+            role = "driver" if pid == process.pid else role
+            if role and peak:
+                peaks[pid] = role, max(peak, peaks.get(pid, ("", 0.0))[1])
+        time.sleep(CHILDREN_EVERY_S)
+
+
+def _family(root: int) -> set[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has ended
+                continue
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return family
+
+
+def _look(pid: int) -> tuple[str, float]:
+    """Returns a process's name (of a Ray actor, its class) and highest resident size in MB."""
+    try:
+        name = Path(f"/proc/{pid}/cmdline").read_text().partition("(")[0].partition("\0")[0].partition(".")[0]
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "", 0.0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return name, int(found[1]) / 1024 if found else 0.0
+
+
+if __name__ == "__main__":
+    main()
