@@ -42,17 +42,16 @@ class Encoder(nn.Module):
 class _Pixels(nn.Module):
     """uint8 [B, S, S, 3] -> normalised float [B, 3, S, S], channels last in memory: OpenCV's order as it comes."""
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std)), persistent=False)
+        self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        normalised: Tensor = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        return normalised.contiguous(memory_format=torch.channels_last)
+        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
 
 
 class CnnEncoder(Encoder):

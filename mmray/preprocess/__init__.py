@@ -35,7 +35,7 @@ class Features:
 class Preprocessor:
     """Turns cells into features. Thread-safe; a pool, if given, decodes images."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     """Part of every bundle's fingerprint: raised when the same cells give other arrays."""
 
     def __init__(
