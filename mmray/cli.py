@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_verify(commands)
     _add_errors(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -127,17 +128,21 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from mmray.evaluate import evaluate_bundle
     from mmray.report import write_report
+    from mmray.store import split_uri
     from mmray.summary import evaluation_report, metrics_table
 
+    scheme, folder = split_uri(args.output)
+    if scheme != "file":
+        raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
     evaluation = evaluate_bundle(args.bundle, args.table, _score_config(args), split=args.split)
-    os.makedirs(args.output, exist_ok=True)
-    with open(os.path.join(args.output, "metrics.json"), "w", encoding="utf-8") as file:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
         json.dump(
             {"rows": evaluation.rows, "skipped": evaluation.skipped, "metrics": evaluation.metrics}, file, indent=1
         )
-    write_report(args.output, evaluation_report(evaluation, args.bundle))
+    write_report(folder, evaluation_report(evaluation, args.bundle))
     print(metrics_table(evaluation))
-    print(os.path.join(args.output, "report.html"))
+    print(os.path.join(folder, "report.html"))
 
 
 def _add_score(commands: Any) -> None:
@@ -250,6 +255,53 @@ def _errors(args: argparse.Namespace) -> None:
         print(f"{count:>12,}  {name}")
     if not counts:
         print("every row is ok" if args.reason is None else f"no row has the reason {args.reason}")
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="answer over HTTP with the same scores",
+        description="Answer POST /v1/score with the predictor that scores tables. MMRAY_TOKEN in the environment asks "
+        "every request for that bearer token. Ctrl-C ends it.",
+    )
+    serve.add_argument("bundle", metavar="BUNDLE")
+    serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
+    serve.add_argument("--port", type=int, help="default: 8000")
+    serve.add_argument("--replicas", dest="num_replicas", type=int, metavar="N", help="processes (default: 1)")
+    serve.add_argument("--gpus", dest="gpus_per_replica", type=float, metavar="N", help="GPUs of each (default: 0)")
+    serve.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
+    serve.add_argument(
+        "--image-root",
+        dest="image_roots",
+        action="append",
+        metavar="DIR",
+        help="let requests name images in this folder; repeatable (default: uploads only)",
+    )
+    serve.add_argument("--max-items", type=int, metavar="N", help="most items in a request (default: 64)")
+    serve.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from mmray.serve.app import serve_forever
+
+    serve_forever(args.bundle, _serve_config(args), on_ready=lambda url: print(f"ready at {url}", flush=True))
+
+
+def _serve_config(args: argparse.Namespace) -> Any:
+    from pydantic import ValidationError
+
+    from mmray.serve.settings import ServeConfig
+
+    given = {key: value for key, value in vars(args).items() if value is not None and key in ServeConfig.model_fields}
+    try:
+        return ServeConfig(**given, token=os.environ.get("MMRAY_TOKEN") or None)
+    except ValidationError as error:
+        item = error.errors()[0]
+        flags = {"num_replicas": "replicas", "gpus_per_replica": "gpus", "image_roots": "image-root"}
+        name = str(item["loc"][0])
+        raise ConfigError(
+            f"--{flags.get(name, name).replace('_', '-')}: {item['msg']}, got {item['input']!r}"
+        ) from None
 
 
 if __name__ == "__main__":

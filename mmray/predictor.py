@@ -83,10 +83,16 @@ class Predictor:
 
     def score(self, table: pa.Table) -> pa.Table:
         """Returns the table with the columns of `output_fields` appended: n rows in, n rows out, in order."""
-        prediction = self.predict({name: cells(table[self.column(name)]) for name in self.modalities})
-        for field, values in zip(self.fields, self._columns(prediction), strict=True):
-            table = table.append_column(field, pa.array(values, field.type, from_pandas=False))
+        scored = self.scores(self.predict({name: cells(table[self.column(name)]) for name in self.modalities}))
+        for field in scored.schema:
+            table = table.append_column(field, scored[field.name])
         return table
+
+    def scores(self, prediction: Prediction) -> pa.Table:
+        """Returns the columns of `output_fields` for what was predicted, a row each."""
+        columns = zip(self.fields, self._columns(prediction), strict=True)
+        arrays = [pa.array(values, field.type, from_pandas=False) for field, values in columns]
+        return pa.Table.from_arrays(arrays, schema=pa.schema(self.fields))
 
     def column(self, modality: str) -> str:
         """Returns the name of a modality's column: the run's own, or the one trained on."""
@@ -111,6 +117,14 @@ class Predictor:
             parts = [self._forward(self._preprocess({name: [None] for name in self.modalities}), alone)]
             return _head(parts[0], 0)
         return _concatenate(parts)
+
+    def prepare(self, columns: Mapping[str, Sequence[Any]]) -> Features:
+        """Preprocesses B rows, for `predict_features`; thread-safe."""
+        return self._preprocess(columns)
+
+    def predict_features(self, features: Features, *, alone: bool = False) -> Prediction:
+        """Predicts B rows that were preprocessed, as one batch."""
+        return self._forward(features, alone)
 
     def _batches(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[Features]:
         # Preprocessing runs one batch ahead on its own thread: decoding releases the interpreter lock, and a GPU

@@ -6,10 +6,11 @@ what is opened is looked at before it is read, so that no device, pipe or giant 
 
 import errno
 import os
+import posixpath
 import stat
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mmray.errors import EnvironmentFaultError
 from mmray.store import REMOTE_SCHEMES, open_store, split_uri
@@ -60,14 +61,16 @@ class ImageSource:
         return fault(Reason.TOO_LARGE_BYTES, f"{size} bytes, {self._max_bytes} allowed")
 
     def _by_name(self, name: str) -> bytes | Fault:
-        scheme = urlsplit(name).scheme if "://" in name else ""
+        scheme, rest = _split(name)
         if scheme == "file":
-            name = unquote(urlsplit(name).path)
+            name = unquote(rest[rest.find("/") :]) if "/" in rest else ""
         elif scheme in REMOTE_SCHEMES:
             inside = [root for root in self._remotes if name.startswith(root + "/")]
             return self._remote(inside[0], name[len(inside[0]) + 1 :]) if inside else _outside()
         elif scheme:
             return fault(Reason.NOT_ALLOWED, "URLs are not fetched")
+        if not self._folders and not self._remotes:
+            return _outside()
         found: bytes | Fault = fault(Reason.MISSING, "no such file")
         for folder in self._folders:
             found = self._local(folder, name)
@@ -113,13 +116,22 @@ class ImageSource:
     def _remote(self, root: str, key: str) -> bytes | Fault:
         if ".." in key.split("/"):
             return _outside()
-        store = open_store(root)
-        entry = store.stat(key)
+        store, key = open_store(root), posixpath.normpath(key)
+        try:
+            entry = store.stat(key)
+        except ValueError:  # no object can have such a name
+            entry = None
         if entry is None:
             return fault(Reason.MISSING, "no such object")
         if entry.size == 0:
             return fault(Reason.EMPTY_FILE, "no bytes")
         return self._too_large(entry.size) or store.read(key)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Splits a URI into its scheme and what follows it; paths have no scheme."""
+    scheme, separator, rest = name.partition("://")
+    return (scheme.lower(), rest) if separator else ("", name)
 
 
 def _beneath(path: str, root: str) -> bool:

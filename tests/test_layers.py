@@ -22,14 +22,21 @@ LAYERS = (
     {"bundle"},
     {"predictor"},
     {"cluster"},
-    {"train", "score"},
+    {"train", "score", "serve"},
     {"evaluate"},
     {"report", "progress"},
     {"summary"},
     {"demo"},
     {"cli"},
 )
-RAY = {"mmray/cluster.py", "mmray/train/data.py", "mmray/train/rows.py", "mmray/train/loop.py", "mmray/train/job.py"}
+RAY = {
+    "mmray/cluster.py",
+    "mmray/train/data.py",
+    "mmray/train/rows.py",
+    "mmray/train/loop.py",
+    "mmray/train/job.py",
+    "mmray/serve/app.py",
+}
 NO_TORCH = {"errors", "config", "table", "store", "slices", "labels", "source", "preprocess", "report", "progress"}
 
 

@@ -31,6 +31,23 @@ class Features:
     faults: dict[str, list[Fault | None]]
     """Modality -> B entries; a fault exactly where the modality is not present."""
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Features"]) -> "Features":
+        """Joins rows that were preprocessed apart; ids are padded to the longest text."""
+        first = parts[0]
+        return cls(
+            {name: _stack([part.arrays[name] for part in parts]) for name in first.arrays},
+            {name: np.concatenate([part.present[name] for part in parts]) for name in first.present},
+            {name: [fault for part in parts for fault in part.faults[name]] for name in first.faults},
+        )
+
+
+def _stack(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+    width = max(array.shape[1] for array in arrays)
+    rest = [((0, 0), (0, width - array.shape[1]), *((0, 0),) * (array.ndim - 2)) for array in arrays]
+    padded = [np.pad(a, pad) if a.shape[1] < width else a for a, pad in zip(arrays, rest, strict=True)]
+    return np.concatenate(padded)
+
 
 class Preprocessor:
     """Turns cells into features. Thread-safe; a pool, if given, decodes images."""

@@ -1,0 +1,1 @@
+"""Answers over HTTP with the predictor that scores tables: request -> items -> batches -> the same scores."""

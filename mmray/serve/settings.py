@@ -1,0 +1,52 @@
+"""How an endpoint runs and what it refuses."""
+
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from mmray.config import ScoreConfig, Section
+
+
+class ServeConfig(Section):
+    """An endpoint: where it listens, how many processes answer, and a bound for everything that a client can send."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; only this machine by default."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """Port to listen on."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Processes that hold the model."""
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    """GPUs of each, or a fraction of one."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Number format of the forward pass, as in scoring."""
+    batch_size: int = Field(default=32, ge=1)
+    """Most items in one forward pass; what waits while the model is busy goes together."""
+    decode_threads: int = Field(default=2, ge=1)
+    """Threads of each replica that read and decode images."""
+    image_roots: tuple[str, ...] = ()
+    """Folders or URIs that image paths in requests may lie in; without any, only uploaded images are read."""
+    token: SecretStr | None = None
+    """Bearer token that requests must carry; none asks for none."""
+    max_items: int = Field(default=64, ge=1)
+    """Most items in one request."""
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    """Larger requests are answered with 413, without reading them to the end."""
+    body_timeout_s: float = Field(default=10.0, gt=0)
+    """Requests whose body takes longer to arrive are answered with 408."""
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """Requests that take longer to score are answered with 503."""
+    max_ongoing: int = Field(default=64, ge=1)
+    """Requests that a replica works on at once."""
+    max_queued: int = Field(default=128, ge=1)
+    """Requests that wait for a replica; more are answered with 503 at once."""
+
+    def score_config(self) -> ScoreConfig:
+        """Returns the same as settings of the predictor."""
+        return ScoreConfig(
+            precision=self.precision,
+            batch_size=self.batch_size,
+            gpus_per_actor=self.gpus_per_replica,
+            image_roots=self.image_roots,
+            probabilities=True,
+        )
