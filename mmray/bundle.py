@@ -8,6 +8,7 @@
 `bundle.json` is written last: a folder without it is not a bundle. Loading verifies every digest.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import io
@@ -30,7 +31,7 @@ from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 
 FORMAT_VERSION = 1
-PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "numpy")
+PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "opencv-python-headless", "numpy")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         "labels": bundle.labels,
         "metrics": bundle.metrics,
         "score_range": bundle.score_range,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": _installed_versions(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     for name, data in files.items():
@@ -202,6 +203,14 @@ def _read_verified(uri: str, name: str, digest: str) -> bytes:
             f"{uri}/{name} is damaged: its sha256 is {got[:12]}..., bundle.json says {digest[:12]}...; copy it again"
         )
     return data
+
+
+def _installed_versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:  # of OpenCV's two packages one is there
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _pack_weights(weights: Mapping[str, torch.Tensor]) -> bytes:

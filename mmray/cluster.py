@@ -21,7 +21,7 @@ import ray.exceptions
 
 from mmray import errors
 from mmray.config import ScoreConfig
-from mmray.errors import EnvironmentFaultError, MmrayError
+from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.slices import Slice, slices_to_arrow
 
 MAX_RETRIES = 3  # of an actor and of a slice on it; Ray's own default is for ever
@@ -75,6 +75,7 @@ def map_slices(
         arguments: of the worker's constructor.
         options: size of the pool and its GPUs.
     """
+    _check_gpus(options.gpus_per_actor)
     num_actors = min(options.num_actors or _pool_size(options.gpus_per_actor), len(slices))
     rows = over_slices(
         slices,
@@ -87,6 +88,13 @@ def map_slices(
         max_task_retries=MAX_RETRIES,
     )
     yield from rows.iter_rows()
+
+
+def _check_gpus(gpus_per_actor: float) -> None:
+    """Refuses GPUs that a local cluster has not; one that is given may grow them."""
+    there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    if gpus_per_actor > there and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(f"{gpus_per_actor:g} GPUs for each process were asked for, and this machine has {there:g}")
 
 
 def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray.data.Dataset:

@@ -45,13 +45,15 @@ class TableConfig(Section):
     def _empty_means_none(cls, values: Any) -> Any:
         # TOML has no null: an empty string switches a column off.
         if isinstance(values, dict):
-            return {k: None if v == "" and k.endswith("_column") else v for k, v in values.items()}
+            return {k: None if v == "" and k.endswith(("_column", "validation")) else v for k, v in values.items()}
         return values
 
     @model_validator(mode="after")
     def _one_modality_at_least(self) -> "TableConfig":
         if self.image_column is None and self.text_column is None:
             raise ValueError("image_column and text_column are both empty; keep at least one")
+        if self.validation is not None and self.split_column is not None:
+            raise ValueError("validation and split_column both say what to hold out; keep one, set the other to ''")
         return self
 
     @property
@@ -299,7 +301,7 @@ class TrainConfig(Section):
     """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""
     patience: int = Field(default=0, ge=0)
     """Epochs without a lower validation loss before training stops; 0 never stops early."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the order of rows and the augmentation."""
     num_workers: int = Field(default=1, ge=1)
     """Training processes."""
@@ -344,6 +346,11 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size = {self.train.batch_size} leaves a worker less than two rows; "
                 f"use at least {2 * self.train.num_workers}"
+            )
+        if self.train.batch_size % self.train.num_workers:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} is no multiple of train.num_workers = "
+                f"{self.train.num_workers}; every worker takes the same number of rows"
             )
         if self.train.precision == "fp16" and not self.train.use_gpu:
             raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")
@@ -420,7 +427,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
-    node[parts[-1]] = _parse_value(value.strip())
+    parsed = _parse_value(value.strip())
+    if parts[-1] == "kind" and parsed in _TAGS:  # what only the kind before it had goes with it
+        known = _known_keys([*parts[:-1], parsed])
+        for key in set(node) - set(known):
+            del node[key]
+    node[parts[-1]] = parsed
 
 
 def _parse_value(text: str) -> Any:
@@ -430,11 +442,16 @@ def _parse_value(text: str) -> Any:
         return text  # a bare word is a string: --set model.fusion.kind=concat
 
 
+_TAGS = {"cnn", "torchvision", "lstm", "gru", "rnn", "bag", "weighted_sum", "concat", "conv", "attention"}
+_TAGS |= {"bilinear", "binary", "multiclass", "multilabel", "regression"}
+
+
 def _explain(item: Any, where: str) -> str:
     # pydantic puts a union's tag into the location; it is not a key the user wrote.
-    tags = {"cnn", "torchvision", "lstm", "gru", "rnn", "bag", "weighted_sum", "concat", "conv", "attention"}
-    tags |= {"bilinear", "binary", "multiclass", "multilabel", "regression"}
-    location = [part for part in item["loc"] if part not in tags]
+    names_a_key = item["type"] in ("extra_forbidden", "missing")
+    location = [
+        part for k, part in enumerate(item["loc"]) if part not in _TAGS or (names_a_key and k == len(item["loc"]) - 1)
+    ]
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = _known_keys([str(part) for part in item["loc"][:-1]])

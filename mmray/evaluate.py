@@ -16,12 +16,13 @@ from mmray.bundle import BundleInfo, load_bundle, read_info
 from mmray.cluster import RAY_ERRORS, cluster, local_cpus, map_slices, unwrap
 from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, TableError
-from mmray.labels import encode_targets
+from mmray.labels import encode_targets, is_label
 from mmray.metrics import confusion_matrix, measure
 from mmray.predictor import Predictor, column_of
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
-from mmray.table import cells, require_type
+from mmray.store import open_store
+from mmray.table import cells, require_types
 
 FUSED = "all modalities"
 
@@ -33,7 +34,7 @@ class Evaluation:
     rows: int
     """Labelled rows measured."""
     skipped: int
-    """Rows without a label, or that could not be predicted."""
+    """Rows without a label that the model knows, or that could not be predicted."""
     metrics: dict[str, dict[str, float | None]]
     """View (`all modalities`, `image only`, `text only`) -> metric -> value."""
     confusion: list[list[int]] | None
@@ -62,7 +63,8 @@ def evaluate_bundle(
     slices, roots = _plan(info, table, options, split)
     with cluster(options.num_actors or local_cpus()):
         try:
-            rows = list(map_slices(slices, SlicePredictor, (bundle, roots, options, split), options))
+            arguments = (open_store(bundle).uri, roots, options, split)
+            rows = list(map_slices(slices, SlicePredictor, arguments, options))
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
     parts = [_unpack(row) for row in sorted(rows, key=lambda row: row["slice"])]
@@ -87,12 +89,14 @@ class SlicePredictor:
         if self._split is not None:
             values = table[config.table.split_column].to_pylist()
             table = table.filter(pa.array([value == self._split for value in values], pa.bool_()))
-        labelled = table.filter(table[config.table.label_column].is_valid())
+        labels, task = self._predictor.bundle.labels, config.task.kind
+        known_labels = [is_label(cell, task, labels) for cell in table[config.table.label_column].to_pylist()]
+        labelled = table.filter(pa.array(known_labels, pa.bool_()))
         columns = {name: cells(labelled[self._predictor.column(name)]) for name in self._predictor.modalities}
         prediction = self._predictor.predict(columns, alone=len(columns) > 1)
         known = np.asarray(np.isfinite(prediction.outputs).all(axis=1))
         values = [v for v, keep in zip(labelled[config.table.label_column].to_pylist(), known, strict=True) if keep]
-        targets = encode_targets(values, config.task.kind, self._predictor.bundle.labels, config.table.label_column)
+        targets = encode_targets(values, task, labels, config.table.label_column)
         views = {FUSED: prediction.outputs, **{f"{n} only": view for n, view in prediction.alone.items()}}
         weight = prediction.image_weight
         return {
@@ -114,10 +118,10 @@ def _plan(info: BundleInfo, table: str, options: ScoreConfig, split: str | None)
         trained.label_column,
         *([trained.split_column] if split and trained.split_column else []),
     ]
-    opened = open_table(table, needed)
-    for modality, column in columns.items():
-        require_type(opened.schema, column, modality, table)
-    return cut(opened, options.slice_rows), options.image_roots or (opened.folder,)
+    opened = open_table(table, needed, lambda schema, where: require_types(schema, columns, where))
+    # Actors may work in another folder: what they are told is absolute.
+    roots = tuple(open_store(root).uri for root in options.image_roots)
+    return cut(opened, options.slice_rows), roots or (opened.folder,)
 
 
 def _unpack(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def labels_of(config: Config, counts: Mapping[str, int]) -> tuple[str, ...]:
     task, found, column = config.task, sorted(counts), config.table.label_column
     if task.kind == "regression":
         return ()
+    if not found:
+        raise ConfigError(f"the label column {column!r} holds no label")
     if len(found) < 2 and task.kind != "multilabel":
         raise ConfigError(f"the label column {column!r} holds only {found}; a model needs at least two labels")
     if task.kind == "binary":
@@ -41,24 +43,41 @@ def labels_of(config: Config, counts: Mapping[str, int]) -> tuple[str, ...]:
 def encode_targets(values: Sequence[Any], task: str, labels: Sequence[str], column: str) -> NDArray[np.generic]:
     """Turns B label cells into targets: int64 [B] label indices; multilabel float32 [B, K]; regression float32 [B].
 
+    Args:
+        values: cells for which `is_label` holds with these labels.
+
     Raises:
-        TableError: a label is unknown to the model, or not a finite number in a regression.
+        TableError: a cell is not a finite number in a regression.
     """
     if task == "regression":
         return np.asarray([number(value, column) for value in values], np.float32)
     index = {label: k for k, label in enumerate(labels)}
-    try:
-        if task != "multilabel":
-            return np.asarray([index[str(value)] for value in values], np.int64)
-        targets = np.zeros((len(values), len(labels)), np.float32)
-        for row, names in enumerate(values):
-            targets[row, [index[str(name)] for name in names]] = 1
-        return targets
-    except KeyError as error:
-        raise TableError(
-            f"the label column {column!r} holds {error.args[0]!r}, which no training row has; "
-            f"the model knows {_some(labels)}"
-        ) from None
+    if task != "multilabel":
+        return np.asarray([index[label_name(value)] for value in values], np.int64)
+    targets = np.zeros((len(values), len(labels)), np.float32)
+    for row, names in enumerate(values):
+        targets[row, [index[name] for name in label_names(names) if name in index]] = 1
+    return targets
+
+
+def is_label(value: Any, task: str, labels: Sequence[str] | None = None) -> bool:
+    """Tells whether a label cell can be learned from or measured: it is there, and one of the labels if they are given.
+
+    NaN is how pandas writes a null number. A rare label may be in no training row; a model cannot be right about it.
+    """
+    if value is None or value != value:
+        return False
+    return task in ("regression", "multilabel") or labels is None or label_name(value) in labels
+
+
+def label_names(cell: Sequence[Any]) -> list[str]:
+    """Returns the names in a multilabel cell, each once; nulls in it name nothing."""
+    return list(dict.fromkeys(label_name(value) for value in cell if value is not None))
+
+
+def label_name(value: Any) -> str:
+    """Returns the name of a label; 1 and 1.0 are one, as a file with nulls keeps integers as floats."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def number(value: Any, column: str) -> float:

@@ -74,7 +74,7 @@ def _multiclass(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     return {
         "accuracy": functional.multiclass_accuracy(probabilities, targets, num_labels, average="micro"),
         "macro_f1": functional.multiclass_f1_score(probabilities, targets, num_labels, average="macro"),
-        "auroc": torch.stack(curves).mean() if len(present) > 1 else NAN,
+        "auroc": _mean(curves) if len(present) > 1 else NAN,
         "log_loss": _log_loss(probabilities, targets),
     }
 
@@ -82,14 +82,20 @@ def _multiclass(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
 def _multilabel(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     functional = _functional().classification
     targets, num_labels = targets.long(), probabilities.shape[1]
-    mixed = (targets.any(0) & ~targets.all(0)).nonzero().squeeze(1)
-    some = probabilities[:, mixed], targets[:, mixed], len(mixed)
+    # The mean over the labels that some rows carry and some do not: the others have no curve.
+    mixed = (targets.any(0) & ~targets.all(0)).nonzero().flatten().tolist()
+    columns = [(probabilities[:, k], targets[:, k]) for k in mixed]
+    f1 = [functional.binary_f1_score(probabilities[:, k], targets[:, k]) for k in range(num_labels)]
     return {
-        "average_precision": functional.multilabel_average_precision(*some) if len(mixed) > 1 else NAN,
-        "auroc": functional.multilabel_auroc(*some) if len(mixed) > 1 else NAN,
-        "macro_f1": functional.multilabel_f1_score(probabilities, targets, num_labels, average="macro"),
+        "average_precision": _mean([functional.binary_average_precision(*column) for column in columns]),
+        "auroc": _mean([functional.binary_auroc(*column) for column in columns]),
+        "macro_f1": _mean(f1),
         "accuracy": ((probabilities >= 0.5).long() == targets).all(1).float().mean(),
     }
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*values]).mean() if values else NAN
 
 
 def _regression(values: Tensor, targets: Tensor) -> Mapping[str, Tensor]:

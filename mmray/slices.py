@@ -6,7 +6,7 @@ function of the files' footers, so the same table is always cut in the same plac
 
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import EnvironmentFaultError, TableError
-from mmray.store import Store, open_parent, open_store, split_uri
+from mmray.store import Entry, Store, open_parent, open_store, split_uri
 from mmray.table import require_columns
 
 MIN_SLICE_ROWS = 256  # a second of work: less would be spent on scheduling
 MAX_SLICE_ROWS = 131_072  # minutes of work: more would be lost with a worker
 MAX_SLICE_BYTES = 128 * 2**20  # uncompressed; a worker holds one slice in memory, twice while it writes
 SLICES_PER_TABLE = 64  # enough for the last worker not to keep the others waiting
+BATCH_ROWS = 1024  # decoded at once: a slice of a large row group must not take the memory of the whole group
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Table:
     """All files of a table, in sorted order."""
 
     uri: str
+    folder: str
+    """What relative image paths resolve against by default: the folder given, that of the file, or that before the
+    first sign of a glob."""
     files: tuple[TableFile, ...]
     schema: pa.Schema
     """Schema of the first file."""
@@ -64,34 +68,34 @@ class Table:
     def num_rows(self) -> int:
         return sum(file.num_rows for file in self.files)
 
-    @property
-    def folder(self) -> str:
-        """The folder of the first file, which relative image paths resolve against by default."""
-        return self.files[0].uri.rpartition("/")[0] or "/"
 
-
-def open_table(uri: str, columns: Sequence[str] = ()) -> Table:
+def open_table(
+    uri: str, columns: Sequence[str] = (), check: Callable[[pa.Schema, str], None] = lambda schema, where: None
+) -> Table:
     """Lists a table's files and reads every footer.
 
     Args:
         uri: a parquet file, a folder of them, or a glob.
         columns: columns that every file must have.
+        check: called with each file's schema and name, to raise where it will not do.
 
     Raises:
-        TableError: no such table, no rows, unreadable files (all are named), or a missing column.
+        TableError: no such table, no rows, unreadable files (all are named), a missing column or one that is there
+            twice.
     """
-    found = _find(uri)
+    store, found = _find(uri)
     with ThreadPoolExecutor(16) as pool:
-        footers = list(pool.map(lambda item: _read_footer(*item), found))
+        footers = list(pool.map(lambda item: _read_footer(store, *item), found.items()))
     broken = [footer for footer in footers if isinstance(footer, str)]
     if broken:
         raise TableError(f"{len(broken)} of {len(found)} files are not readable parquet:\n  " + "\n  ".join(broken))
     good = [footer for footer in footers if not isinstance(footer, str)]
     for file, schema in good:
         require_columns(schema, columns, file.uri)
+        check(schema, file.uri)
     if not sum(file.num_rows for file, _ in good):
         raise TableError(f"the table {uri!r} has no rows; give one with at least one")
-    return Table(uri, tuple(file for file, _ in good), good[0][1])
+    return Table(uri, store.uri, tuple(file for file, _ in good), good[0][1])
 
 
 def cut(table: Table, slice_rows: int | None = None) -> list[Slice]:
@@ -150,8 +154,17 @@ def _read_range(file: pq.ParquetFile, piece: Slice, columns: Sequence[str] | Non
             first = start if first is None else first
         start = end
     assert first is not None, "a slice lies within its file"
-    rows = file.read_row_groups(groups, columns=columns, use_threads=False)
-    return rows.slice(piece.first_row - first, piece.num_rows)
+    batch_rows = min(piece.num_rows, BATCH_ROWS)
+    batches = file.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+    kept, position, end = [], first, piece.first_row + piece.num_rows
+    for batch in batches:
+        start, position = position, position + batch.num_rows
+        if position > piece.first_row:
+            skip = max(piece.first_row - start, 0)
+            kept.append(batch.slice(skip, min(position, end) - start - skip))
+        if position >= end:
+            break
+    return pa.Table.from_batches(kept)
 
 
 def _ranges(groups: Sequence[tuple[int, int]], max_rows: int, max_bytes: int) -> Iterator[tuple[int, int]]:
@@ -172,9 +185,10 @@ def _ranges(groups: Sequence[tuple[int, int]], max_rows: int, max_bytes: int) ->
         yield first, rows
 
 
-def _find(uri: str) -> list[tuple[Store, str, str, int]]:
+def _find(uri: str) -> tuple[Store, dict[str, Entry]]:
+    """Returns the folder that a table lies in, and its files by their names beneath it."""
     scheme, path = split_uri(uri)
-    if any(char in path for char in "*?["):
+    if any(char in path for char in "*?[") and not (scheme == "file" and os.path.exists(path)):
         store, pattern = _split_glob(uri if scheme != "file" else os.path.abspath(path))
         keys = {k: e for k, e in store.list().items() if _matches(k, pattern) and not _hidden(k)}
     else:
@@ -182,13 +196,13 @@ def _find(uri: str) -> list[tuple[Store, str, str, int]]:
         entry = parent.stat(name)
         is_file = entry is not None and not (scheme == "file" and os.path.isdir(path))
         if is_file and entry is not None:
-            return [(parent, name, entry.version, entry.size)]
+            return parent, {name: entry}
         store = open_store(uri)
         keys = {k: e for k, e in store.list().items() if k.endswith(".parquet") and not _hidden(k)}
     if not keys:
         what = "no parquet files in" if scheme != "file" or os.path.isdir(path) else "no such table:"
         raise TableError(f"{what} {uri!r}; give a parquet file, a folder of them, or a glob such as 'rows/*.parquet'")
-    return [(store, key, entry.version, entry.size) for key, entry in keys.items()]
+    return store, keys
 
 
 def _split_glob(uri: str) -> tuple[Store, str]:
@@ -198,8 +212,15 @@ def _split_glob(uri: str) -> tuple[Store, str]:
 
 
 def _matches(key: str, pattern: str) -> bool:
-    parts, patterns = key.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+    return _match_parts(key.split("/"), pattern.split("/"))
+
+
+def _match_parts(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns or not parts:
+        return not patterns and not parts
+    if patterns[0] == "**":  # any number of folders, also none
+        return any(_match_parts(parts[k:], patterns[1:]) for k in range(len(parts)))
+    return fnmatch.fnmatchcase(parts[0], patterns[0]) and _match_parts(parts[1:], patterns[1:])
 
 
 def _hidden(key: str) -> bool:
@@ -207,12 +228,16 @@ def _hidden(key: str) -> bool:
     return any(part.startswith(("_", ".")) for part in key.split("/"))
 
 
-def _read_footer(store: Store, key: str, version: str, size: int) -> tuple[TableFile, pa.Schema] | str:
+def _read_footer(store: Store, key: str, entry: Entry) -> tuple[TableFile, pa.Schema] | str:
     try:
         with store.open(key) as source, pq.ParquetFile(source) as file:
             meta = file.metadata
             groups = [meta.row_group(k) for k in range(meta.num_row_groups)]
             sizes = tuple((group.num_rows, group.total_byte_size) for group in groups)
-            return TableFile(store.child(key), size, version, sizes), file.schema_arrow
+            names = file.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                return f"{store.child(key)}: it has the column {twice[0]!r} more than once"
+            return TableFile(store.child(key), entry.size, entry.version, sizes), file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         return f"{store.child(key)}: {str(error).splitlines()[0]}"

@@ -8,6 +8,7 @@ import io
 import os
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -115,11 +116,19 @@ class LocalStore(Store):
             status = os.stat(os.path.join(self.uri, key) if key else self.uri)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _local_fault("look at", self.child(key), error) from error
         return Entry(status.st_size, str(status.st_mtime_ns))
 
     def list(self, prefix: str = "") -> dict[str, Entry]:
-        found = {}
-        for folder, _, names in os.walk(os.path.join(self.uri, prefix)):
+        found: dict[str, Entry] = {}
+        seen = set[str]()
+        top = os.path.join(self.uri, prefix)
+        for folder, below, names in os.walk(top, onerror=_unless_absent(top), followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link that leads back
+                below.clear()
+                continue
+            seen.add(os.path.realpath(folder))
             for name in names:
                 if name.endswith(TEMPORARY_SUFFIX):
                     continue
@@ -242,6 +251,20 @@ class _RemoteFile(io.RawIOBase):
             buffer[:length] = self._store.read_range(self._key, self._position, length)
             self._position += length
         return length
+
+
+def _unless_absent(top: str) -> Callable[[OSError], None]:
+    """Makes a listing fail where a folder cannot be read: the rows in it would be lost without a word."""
+
+    def fail(error: OSError) -> None:
+        if not (error.filename == top and isinstance(error, FileNotFoundError | NotADirectoryError)):
+            raise _local_fault("list", str(error.filename), error) from error
+
+    return fail
+
+
+def _local_fault(verb: str, path: str, error: OSError) -> EnvironmentFaultError:
+    return EnvironmentFaultError(f"cannot {verb} {path}: {error.strerror}; fix its permissions or name, then run again")
 
 
 def _remove(path: Path) -> None:

@@ -25,7 +25,9 @@ def metrics_table(evaluation: Evaluation) -> str:
     lines = [" " * 16 + "".join(f"{name:>20}" for name in names)]
     for view, metrics in evaluation.metrics.items():
         lines.append(f"{view:<16}" + "".join(f"{_number(metrics[name]):>20}" for name in names))
-    return "\n".join([*lines, f"{evaluation.rows:,} rows, {evaluation.skipped:,} skipped (no label or no prediction)"])
+    return "\n".join(
+        [*lines, f"{evaluation.rows:,} rows, {evaluation.skipped:,} skipped (no known label or no prediction)"]
+    )
 
 
 def evaluation_report(evaluation: Evaluation, bundle: str) -> Report:

@@ -5,11 +5,12 @@ A row is `ok` (every modality the model knows was used), `degraded` (scored with
 `failed` (no score; `reason` says why).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray.errors import TableError, nearest
 
@@ -107,16 +108,41 @@ def cells(column: pa.ChunkedArray) -> list[Any]:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
+        return _replaced(column)
 
 
-def require_type(schema: pa.Schema, name: str, modality: str, where: str) -> None:
-    """Refuses a column whose type cannot hold a modality.
+def _replaced(column: pa.ChunkedArray) -> list[Any]:
+    kind = column.type
+    if pa.types.is_struct(kind):
+        children = {field.name: cells(pc.struct_field(column, field.name)) for field in kind}
+        rows = (dict(zip(children, row, strict=True)) for row in zip(*children.values(), strict=True))
+        return [row if valid else None for row, valid in zip(rows, column.is_valid().to_pylist(), strict=True)]
+    if pa.types.is_dictionary(kind):
+        return _replaced(column.cast(kind.value_type))
+    if pa.types.is_nested(kind):  # of lists only those that hold such a string are lost
+        return [_or_replacement(cell) for chunk in column.chunks for cell in chunk]
+    raw = column.cast(pa.large_binary()).to_pylist()
+    return [None if cell is None else cell.decode("utf-8", "replace") for cell in raw]
+
+
+def _or_replacement(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return "\ufffd"
+
+
+def require_types(schema: pa.Schema, columns: Mapping[str, str], where: str) -> None:
+    """Refuses a table whose columns (modality -> name) are of types that cannot hold their modality.
 
     Raises:
-        TableError: the type is another.
+        TableError: a type is another.
     """
+    for modality, name in columns.items():
+        _require_type(schema, name, modality, where)
+
+
+def _require_type(schema: pa.Schema, name: str, modality: str, where: str) -> None:
     kind = schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     strings = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

@@ -105,3 +105,18 @@ def test_a_ready_recipe_is_valid(recipe: Path) -> None:
 
 def test_there_are_ready_recipes() -> None:
     assert {path.stem for path in RECIPES} >= {"article", "openclipart", "pretrained", "regression"}
+
+
+def test_another_kind_on_the_command_line_leaves_behind_what_only_the_old_one_had(tmp_path: Path) -> None:
+    recipe = str(Path(__file__).parents[1] / "jobs" / "configs" / "openclipart.toml")
+    config = load_config(recipe, ["model.fusion.kind=concat", "model.text_encoder.kind=gru"])
+    assert config.model.fusion.kind == "concat"
+    assert config.model.text_encoder.kind == "gru"
+    assert config.model.text_encoder.hidden_dim == 128  # which both have
+
+
+@pytest.mark.parametrize("text", ["[binary]\n", "lstm = 1\n", "[model]\nbag = 1\n"])
+def test_a_kind_in_the_place_of_a_key_is_an_unknown_key(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.toml").write_text(f'{text}[table]\ntrain = "x"\n')
+    with pytest.raises(ConfigError, match="unknown key '(binary|lstm|model.bag)'"):
+        load_config(str(tmp_path / "run.toml"))

@@ -186,3 +186,26 @@ def test_a_gpu_where_there_is_none_is_a_mistake_that_is_explained(rows: Path) ->
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="a GPU was asked for"):
         Predictor(small_bundle(), ImageSource([str(rows)], 2**20), ScoreConfig(gpus_per_actor=1), "cuda")
+
+
+def test_a_struct_with_a_path_that_is_not_utf8_costs_its_own_row_only(rows: Path, table: pa.Table) -> None:
+    data = (rows / "images" / "0.jpg").read_bytes()
+    paths = pa.array([b"a.jpg", b"\xff.jpg", None], pa.binary()).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array([data, data, None]), paths], ["bytes", "path"])
+    broken = table.slice(0, 3).set_column(table.schema.get_field_index("image_path"), "image_path", images)
+    assert predictor(rows).score(broken)["status"].to_pylist() == ["ok", "ok", "degraded"]
+
+
+def test_golden_rows_are_rows_that_the_model_can_use(rows: Path, tmp_path: Path) -> None:
+    table = pq.read_table(rows / "part-0.parquet").slice(0, 6)
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "good.jpg").write_bytes((rows / "images" / "0.jpg").read_bytes())
+    images = pa.array(["page.jpg", "good.jpg", "good.jpg", "page.jpg", "good.jpg", "good.jpg"])
+    texts = pa.array(["a", "  ", "the red one", "b", "green", None])
+    table = table.set_column(table.schema.get_field_index("image_path"), "image_path", images)
+    table = table.set_column(table.schema.get_field_index("text"), "text", texts)
+    pq.write_table(table, tmp_path / "t.parquet")
+    golden = with_golden(small_bundle(), tmp_path).golden
+    assert golden is not None
+    assert golden.num_rows == 4
+    assert np.isfinite(np.asarray(golden["outputs"].to_pylist())).all()

@@ -15,8 +15,16 @@ from models import colour_table, score_in_process, small_bundle, with_golden
 
 from mmray.bundle import save_bundle
 from mmray.config import ScoreConfig
-from mmray.errors import EnvironmentFaultError, ErrorBudgetError, OutputConflictError, TableError, VerifyError
+from mmray.errors import (
+    ConfigError,
+    EnvironmentFaultError,
+    ErrorBudgetError,
+    OutputConflictError,
+    TableError,
+    VerifyError,
+)
 from mmray.score.commit import Output, part_key
+from mmray.score.job import score_table
 from mmray.score.plan import make_plan
 from mmray.score.problems import problems
 from mmray.score.verify import verify_output
@@ -274,3 +282,36 @@ def test_a_table_that_is_scored_already_is_not_scored_over(
     score_in_process(bundle, str(rows), output, OPTIONS)
     with pytest.raises(TableError, match="already has the columns score"):
         score_in_process(bundle, f"{output}/data", str(tmp_path / "again"), OPTIONS)
+
+
+def test_every_file_of_a_table_has_to_have_the_right_types(
+    rows: Path, bundle: str, output: str, tmp_path: Path
+) -> None:
+    first = pq.read_table(rows / "part-0.parquet").slice(0, 5)
+    (tmp_path / "mixed").mkdir()
+    pq.write_table(first, tmp_path / "mixed" / "a.parquet")
+    for column, message in (("text", "must hold strings"), ("image_path", "must hold paths")):
+        index = first.schema.get_field_index(column)
+        pq.write_table(first.set_column(index, column, pa.array(range(5))), tmp_path / "mixed" / "b.parquet")
+        with pytest.raises(TableError, match=message):
+            score_in_process(bundle, str(tmp_path / "mixed"), output, OPTIONS)
+    pq.write_table(first.append_column("score", pa.array(range(5))), tmp_path / "mixed" / "b.parquet")
+    with pytest.raises(TableError, match=r"b\.parquet already has the columns score"):
+        score_in_process(bundle, str(tmp_path / "mixed"), output, OPTIONS)
+
+
+def test_an_output_inside_of_its_input_is_refused(rows: Path, bundle: str) -> None:
+    for output in (rows, rows / "scored"):
+        with pytest.raises(ConfigError, match="lies in the input"):
+            score_table(bundle, str(rows), str(output))
+    assert not (rows / "scored").exists()
+
+
+@pytest.mark.parametrize("lost", ["manifest-*", "plan-*"])
+def test_an_output_that_lost_its_account_does_not_verify(rows: Path, bundle: str, output: str, lost: str) -> None:
+    score_in_process(bundle, str(rows), output, OPTIONS)
+    (file,) = Path(output, "_mmray").glob(lost)
+    file.write_bytes(file.read_bytes()[:20])
+    assert not verify_output(output, 0).passed
+    file.unlink()
+    assert not verify_output(output, 0).passed

@@ -58,7 +58,7 @@ def test_any_row_groups_are_covered_once_within_the_bounds(
     groups: list[list[tuple[int, int]]], slice_rows: int
 ) -> None:
     files = tuple(TableFile(f"/{k}", 1, "v", tuple(sizes)) for k, sizes in enumerate(groups))
-    table = Table("/", files, pa.schema([]))
+    table = Table("/", "/", files, pa.schema([]))
     slices = cut(table, slice_rows)
     for file in files:
         mine = [piece for piece in slices if piece.uri == file.uri]
@@ -69,7 +69,7 @@ def test_any_row_groups_are_covered_once_within_the_bounds(
 
 
 def test_a_row_group_with_large_cells_is_cut_by_bytes() -> None:
-    table = Table("/", (TableFile("/0", 1, "v", ((1000, 10 * MAX_SLICE_BYTES),)),), pa.schema([]))
+    table = Table("/", "/", (TableFile("/0", 1, "v", ((1000, 10 * MAX_SLICE_BYTES),)),), pa.schema([]))
     assert len(cut(table)) == 10
 
 
@@ -147,3 +147,35 @@ def test_a_file_that_changes_after_the_plan_is_not_read(folder: Path) -> None:
     (folder / "part-0.parquet").unlink()
     with pytest.raises(EnvironmentFaultError, match="disappeared"):
         read_slice(piece)
+
+
+def test_images_lie_beside_the_folder_that_was_given_however_deep_its_files_are(tmp_path: Path) -> None:
+    write(tmp_path / "rows" / "day=1" / "a.parquet", rows=3)
+    write(tmp_path / "rows" / "day=2" / "hour=1" / "b.parquet", rows=4)
+    folders = [f"{tmp_path}/rows", f"{tmp_path}/rows/**/*.parquet", f"{tmp_path}/rows/*/a.parquet"]
+    assert [open_table(uri).folder for uri in folders] == [str(tmp_path / "rows")] * 3
+    assert [open_table(uri).num_rows for uri in folders] == [7, 7, 3]
+    assert open_table(f"{tmp_path}/rows/day=1/a.parquet").folder == str(tmp_path / "rows" / "day=1")
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(tmp_path: Path) -> None:
+    write(tmp_path / "rows [1]" / "a.parquet", rows=3)
+    assert open_table(str(tmp_path / "rows [1]")).num_rows == 3
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]), tmp_path / "t.parquet")
+    with pytest.raises(TableError, match="it has the column 'x' more than once"):
+        open_table(str(tmp_path / "t.parquet"))
+
+
+def test_a_slice_of_a_large_row_group_takes_the_memory_of_the_slice(tmp_path: Path) -> None:
+    # Random bytes: what is stored is as large as what is read.
+    cells = [np.random.default_rng(k).bytes(20_000) for k in range(4000)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet", row_group_size=4000)
+    pieces = cut(open_table(str(tmp_path / "t.parquet")), 100)
+    assert len(pieces) == 40
+    before = pa.total_allocated_bytes()
+    rows = read_slice(pieces[20])
+    assert rows["image"].to_pylist() == cells[2000:2100]
+    assert pa.total_allocated_bytes() - before < 4 * 100 * 20_000

@@ -143,3 +143,17 @@ def test_images_in_a_bucket_are_read_beneath_their_root(s3: str) -> None:
     assert reason(source.read("b.jpg")) is Reason.MISSING
     assert reason(source.read(f"{s3}/secret.jpg")) is Reason.NOT_ALLOWED
     assert reason(source.read("../secret.jpg")) is Reason.NOT_ALLOWED
+
+
+@pytest.mark.parametrize(
+    "name", ["http://[oops/i.jpg", "file://[x/y", "https://exa\u2100mple.com/a.jpg", "file://", "://x"]
+)
+def test_a_malformed_uri_is_a_fault_of_its_row(root: Path, name: str) -> None:
+    assert reason(ImageSource([str(root)], CAP).read(name)) in (Reason.NOT_ALLOWED, Reason.MISSING, Reason.NOT_REGULAR)
+
+
+def test_keys_in_a_bucket_are_found_like_paths_in_a_folder(s3: str) -> None:
+    open_store(f"{s3}/images").create("x/a.jpg", b"inside")
+    source = ImageSource([f"{s3}/images"], CAP)
+    assert [source.read(name) for name in ("x//a.jpg", "./x/a.jpg", f"{s3}/images/x/a.jpg")] == [b"inside"] * 3
+    assert reason(source.read("a\n.jpg")) is Reason.MISSING

@@ -93,3 +93,26 @@ def test_a_file_uri_and_a_path_are_the_same_folder(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}").uri == open_store(str(tmp_path)).uri
     parent, name = open_parent(str(tmp_path / "rows.parquet"))
     assert (parent.uri, name) == (str(tmp_path), "rows.parquet")
+
+
+def test_a_folder_that_links_into_is_listed_and_a_circle_of_links_ends(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x").write_bytes(b"1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "folder")
+    assert list(open_store(str(tmp_path / "folder")).list()) == ["link/x"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # tests may run as root, whom no permission stops
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(EnvironmentFaultError, match=r"cannot list .*closed: Permission denied"):
+        open_store(str(tmp_path)).list()

@@ -100,6 +100,8 @@ def demo_config(root: Path) -> Config:
 
 def _fresh_folder(folder: str) -> Path:
     root = Path(folder).resolve()
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"{root} is a file; give a folder with --dir")
     if root.exists() and any(root.iterdir()):
         if not (root / MARKER).exists():
             raise ConfigError(f"{root} holds files that are not a demo's; give another folder with --dir")

@@ -1,8 +1,9 @@
 """From bytes to pixels, by OpenCV: the only place that decodes an image.
 
 Reads the bytes of a JPEG, PNG, WEBP, GIF, BMP or TIFF image -> gives uint8 [S, S, 3] RGB, or why not. Conversions, each
-the only one: turned upright by its EXIF orientation; grey repeated over three channels; transparent parts on white;
-CMYK and palettes to RGB; 16 bits to 8 by their upper half; of an animation the first frame; squeezed to a square.
+the only one: turned upright by its EXIF orientation (with transparent parts it stays as stored); grey repeated over
+three channels; transparent parts on white; CMYK and palettes to RGB; 16 bits to 8 by their upper half; of an animation
+the first frame; squeezed to a square.
 """
 
 from typing import Any

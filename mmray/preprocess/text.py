@@ -117,14 +117,14 @@ def _ngram_ids(tokens: Sequence[str], config: TextConfig) -> list[int]:
     for token in tokens:
         if len(ids) >= config.max_ngrams:
             break
-        ids += _word_ngram_ids(token, config.ngram_min, config.ngram_max, config.ngram_buckets)
+        ids += _word_ngram_ids(token[:MAX_WORD_CHARS], config.ngram_min, config.ngram_max, config.ngram_buckets)
     return ids[: config.max_ngrams]
 
 
 @lru_cache(maxsize=2**16)
 def _word_ngram_ids(word: str, shortest: int, longest: int, buckets: int) -> tuple[int, ...]:
     """Hashes the n-grams of `<word>`: the signs tell its beginning and end (Bojanowski et al. 2017)."""
-    marked = f"<{word[:MAX_WORD_CHARS]}>"
+    marked = f"<{word}>"
     grams = (marked[k : k + n] for n in range(shortest, longest + 1) for k in range(len(marked) - n + 1))
     return tuple(zlib.crc32(gram.encode()) % buckets + 1 for gram in grams)
 

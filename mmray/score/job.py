@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mmray.config import ScoreConfig
+from mmray.errors import ConfigError
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
+from mmray.store import open_store
 from mmray.table import Status
 
 Progress = Callable[[Ledger], None]
@@ -68,8 +70,10 @@ def score_table(
     """
     started = time.perf_counter()
     options = options or ScoreConfig()
-    plan = make_plan(bundle, table, options)
     target = Output(output)
+    if f"{target.store.uri}/".startswith(f"{open_store(table).uri}/"):
+        raise ConfigError(f"the output {output!r} lies in the input {table!r} and would be scored next time; move it")
+    plan = make_plan(bundle, table, options)
     target.claim(plan, describe(plan, bundle, table))
     success = target.success()
     if success is not None:
@@ -80,7 +84,7 @@ def score_table(
     on_start(plan, len(done))
     receipts, times = [], []
     if todo:
-        for receipt in _run(bundle, target.store.uri, plan, todo, options):
+        for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options):
             receipts.append(receipt)
             times.append((time.perf_counter(), receipt.ledger.rows))
             on_slice(receipt.ledger)

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray import __version__
@@ -17,8 +18,8 @@ from mmray.bundle import BundleInfo, read_info
 from mmray.config import ScoreConfig
 from mmray.predictor import column_of
 from mmray.slices import Slice, cut, open_table, slices_to_arrow
-from mmray.store import open_store, split_uri
-from mmray.table import SCHEMA_VERSION, output_fields, refuse_collisions, require_type
+from mmray.store import open_store
+from mmray.table import SCHEMA_VERSION, output_fields, refuse_collisions, require_types
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig) -> Plan:
     info = read_info(bundle_uri)
     trained = info.config.table
     columns = {name: column_of(name, options, trained) for name in trained.modalities}
-    table = open_table(table_uri, list(columns.values()))
-    for modality, column in columns.items():
-        require_type(table.schema, column, modality, table_uri)
     fields = output_fields(info.config.task.kind, probabilities=options.probabilities, modalities=trained.modalities)
-    refuse_collisions(table.schema, fields, table_uri)
+
+    def check(schema: pa.Schema, where: str) -> None:
+        require_types(schema, columns, where)
+        refuse_collisions(schema, fields, where)
+
+    table = open_table(table_uri, list(columns.values()), check)
     slices = tuple(cut(table, options.slice_rows))
-    roots = [_absolute(root) for root in options.image_roots] or [table.folder]
+    roots = [open_store(root).uri for root in options.image_roots] or [table.folder]
     identity = {
         "fingerprint": info.fingerprint,
         "files": [[file.uri, file.size, file.version, file.num_rows] for file in table.files],
@@ -82,15 +85,10 @@ def describe(plan: Plan, bundle_uri: str, table_uri: str) -> dict[str, Any]:
     """Returns what `run.json` keeps: the identity of a run, for people and for `verify`."""
     return {
         "plan_hash": plan.hash,
-        "bundle": _absolute(bundle_uri),
-        "table": _absolute(table_uri),
+        "bundle": open_store(bundle_uri).uri,
+        "table": open_store(table_uri).uri,
         "num_rows": plan.num_rows,
         "num_slices": len(plan.slices),
         "mmray_version": __version__,
         "identity": {key: value for key, value in plan.identity.items() if key != "files"},
     }
-
-
-def _absolute(uri: str) -> str:
-    scheme, _ = split_uri(uri)
-    return open_store(uri).uri if scheme == "file" else uri

@@ -67,8 +67,12 @@ def verify_output(output: str, level: int = 1, *, on_slice: Callable[[int], None
         )
         return report
     report.rows, report.slices = success["rows"], success["slices"]
-    slices = _plan_slices(target, owner["plan_hash"])
-    _collect(report, "manifest", _check_manifest(target, success, slices))
+    try:
+        slices = _plan_slices(target, owner["plan_hash"])
+        _collect(report, "manifest", _check_manifest(target, success, slices))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        report.mismatches.append(f"the plan or the manifest is missing or damaged: {str(error).splitlines()[0]}")
+        return report
     if level >= 1:
         check = _check_footer if level == 1 else _check_rows
         with ThreadPoolExecutor(THREADS) as pool:

@@ -48,11 +48,19 @@ class Checkpoint:
     def restore(self, model: FusionModel, optimizer: torch.optim.Optimizer) -> None:
         """Puts the state back."""
         model.load_state_dict(dict(self.weights))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in self.optimizer.items():
             number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = value
+            state.setdefault(int(number), {})[name] = _like(parameters[int(number)], value)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    # A fused optimiser walks a parameter and its moments side by side in memory: they have to lie in the same order.
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_checkpoint(folder: str, checkpoint: Checkpoint) -> None:

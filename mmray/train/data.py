@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from mmray.cluster import MAX_RETRIES, over_slices
 from mmray.config import Config, TableConfig
 from mmray.errors import ConfigError, TableError
-from mmray.labels import encode_targets, number
+from mmray.labels import encode_targets, is_label, label_name, label_names, number
 from mmray.preprocess import Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.preprocess.text import Vocabulary, tokenize
 from mmray.slices import Slice, Table, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
-from mmray.table import cells, require_type
+from mmray.table import cells, require_types
 
 Split = Literal["train", "validation"]
 BLOCK_BYTES = 64 * 2**20  # decoded rows per block: Ray's object store moves and spills whole blocks
@@ -68,11 +68,12 @@ def open_tables(config: Config) -> Tables:
     modal = {name: getattr(settings, f"{name}_column") for name in settings.modalities}
     columns = [*modal.values(), settings.label_column]
     split = [settings.split_column] if settings.split_column and settings.validation is None else []
-    train = open_table(settings.train, [*columns, *split])
-    validation = open_table(settings.validation, columns) if settings.validation else None
-    for table in filter(None, (train, validation)):
-        for modality, column in modal.items():
-            require_type(table.schema, column, modality, table.uri)
+
+    def check(schema: pa.Schema, where: str) -> None:
+        require_types(schema, modal, where)
+
+    train = open_table(settings.train, [*columns, *split], check)
+    validation = open_table(settings.validation, columns, check) if settings.validation else None
     return Tables(train, validation, settings)
 
 
@@ -84,21 +85,32 @@ def survey(tables: Tables, config: Config) -> Survey:
     """
     counted = _map(cut(tables.train), _survey_slice, config, tables.validation is not None)
     parts = [json.loads(row["counts"]) for row in counted.iter_rows()]
-    labels, words, moments = Counter[str](), Counter[str](), np.zeros(2)
+    labels, words = Counter[str](), Counter[str]()
     for part in parts:
         labels.update(part["labels"])
         words.update(part["words"])
-        moments += part["moments"]
     rows = sum(part["rows"] for part in parts)
     if not rows:
         raise TableError(
             f"{tables.train.uri} has no labelled row for training; check table.label_column and table.split_column"
         )
-    mean = moments[0] / rows
-    deviation = float(np.sqrt(max(moments[1] / rows - mean**2, 0.0)))
+    mean, deviation = _mean_and_deviation([part["moments"] for part in parts])
     if config.task.kind == "regression" and deviation == 0:
         raise TableError(f"the label column {config.table.label_column!r} is constant; there is nothing to learn")
-    return Survey(rows, sum(part["unlabelled"] for part in parts), labels, words, float(mean), deviation or 1.0)
+    return Survey(rows, sum(part["unlabelled"] for part in parts), labels, words, mean, deviation or 1.0)
+
+
+def _mean_and_deviation(moments: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
+    """Merges count, mean and sum of squared differences from it (Chan et al. 1979): exact far from zero as well."""
+    rows, mean, squares = 0, 0.0, 0.0
+    for more_rows, more_mean, more_squares in moments:
+        total = rows + more_rows
+        if total:
+            difference = more_mean - mean
+            squares += more_squares + difference**2 * rows * more_rows / total
+            mean += difference * more_rows / total
+        rows = total
+    return mean, float(np.sqrt(squares / max(rows, 1)))
 
 
 def preprocess_rows(
@@ -109,17 +121,23 @@ def preprocess_rows(
     Columns: the arrays of `Features`, `present_<modality>`, and `target` (see `encode_targets`).
     """
     table = tables.of(split)
-    slice_rows = max(min(BLOCK_BYTES // row_bytes(config), max(table.num_rows // 16, 64)), 1)
+    slice_rows = max(min(BLOCK_BYTES // row_bytes(config, len(labels)), max(table.num_rows // 16, 64)), 1)
     part = None if table is tables.validation else split
     roots = config.table.image_roots or (table.folder,)
     arguments = (config, tables.validation is not None, part, vocabulary, tuple(labels), roots)
     return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
 
 
-def row_bytes(config: Config) -> int:
+def row_bytes(config: Config, num_labels: int) -> int:
     """Returns the size of one preprocessed row."""
+    targets = 4 * num_labels if config.task.kind == "multilabel" else 8
     image = config.image.size**2 * 3 if "image" in config.table.modalities else 0
-    return image + 4 * (config.text.max_tokens + (config.text.max_ngrams if config.text.ngram_buckets else 0)) + 64
+    return (
+        image
+        + 4 * (config.text.max_tokens + (config.text.max_ngrams if config.text.ngram_buckets else 0))
+        + targets
+        + 56
+    )
 
 
 def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Dataset:
@@ -131,19 +149,21 @@ def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     (piece,) = slices_from_arrow(rows)
     columns = config.table
     table = _rows_of(piece, config, None if separate else "train")
-    values, unlabelled = _labelled(table, columns.label_column)
+    labelled = _labelled(table, config, None)
+    values, unlabelled = labelled[columns.label_column].to_pylist(), table.num_rows - labelled.num_rows
     words: Counter[str] = Counter()
     if columns.text_column is not None:
         for text in cells(table[columns.text_column]):
             words.update(tokenize(text, config.text) if text else ())
     numbers = np.asarray([number(v, columns.label_column) for v in values] if config.task.kind == "regression" else [])
-    names = [str(n) for v in values for n in (v if config.task.kind == "multilabel" else [v])]
+    names = [name for v in values for name in (label_names(v) if config.task.kind == "multilabel" else [label_name(v)])]
+    mean = float(numbers.mean()) if len(numbers) else 0.0
     counts = {
         "rows": len(values),
         "unlabelled": unlabelled,
         "labels": {} if config.task.kind == "regression" else Counter(names),
         "words": words,
-        "moments": [float(numbers.sum()), float((numbers**2).sum())],
+        "moments": [len(numbers), mean, float(((numbers - mean) ** 2).sum())],
     }
     return pa.table({"counts": [json.dumps(counts)]})
 
@@ -160,9 +180,8 @@ def _preprocess_slice(
     prepare_decoders()
     (piece,) = slices_from_arrow(rows)
     table = _rows_of(piece, config, None if separate else split)
-    values, _ = _labelled(table, config.table.label_column)
-    keep = table[config.table.label_column].is_valid()
-    table = table.filter(keep)
+    table = _labelled(table, config, labels)
+    values = table[config.table.label_column].to_pylist()
     source = ImageSource(roots, config.image.max_bytes)
     modal = {name: cells(table[getattr(config.table, f"{name}_column")]) for name in config.table.modalities}
     features = Preprocessor(config, vocabulary, source)(modal)
@@ -197,9 +216,9 @@ def _is_held_out(key: str, config: Config) -> bool:
     return digest % _FRACTION_STEPS < config.table.validation_fraction * _FRACTION_STEPS
 
 
-def _labelled(table: pa.Table, column: str) -> tuple[list[Any], int]:
-    values = [value for value in table[column].to_pylist() if value is not None]
-    return values, table.num_rows - len(values)
+def _labelled(table: pa.Table, config: Config, labels: Sequence[str] | None) -> pa.Table:
+    cells_of_labels = table[config.table.label_column].to_pylist()
+    return table.filter(pa.array([is_label(cell, config.task.kind, labels) for cell in cells_of_labels], pa.bool_()))
 
 
 def _pad(name: str, array: NDArray[np.generic], config: Config) -> NDArray[np.generic]:

@@ -27,14 +27,15 @@ def golden_rows(bundle: Bundle, table: Table, image_roots: tuple[str, ...]) -> B
     piece = cut(table, MAX_SCANNED)[0]
     columns = {name: getattr(trained, f"{name}_column") for name in trained.modalities}
     rows = read_slice(piece, list(columns.values()))
+    predictor = Predictor(bundle, source, ScoreConfig(precision="fp32"))
     found = ({name: cell for name, cell in zip(columns, row, strict=True)} for row in _cells(rows, columns))
-    complete = list(itertools.islice(filter(_is_complete, (_with_bytes(row, source) for row in found)), NUM_ROWS))
+    usable = (row for row in (_with_bytes(row, source) for row in found) if _is_complete(row, predictor))
+    complete = list(itertools.islice(usable, NUM_ROWS))
     partial = [{**complete[0], name: None} for name in columns] if complete and len(columns) > 1 else []
     golden = complete + partial
     if not golden:
         return bundle
     cases = {name: [row[name] for row in golden] for name in columns}
-    predictor = Predictor(bundle, source, ScoreConfig(precision="fp32"))
     outputs = predictor.predict(cases).outputs
     types = {"image": pa.binary(), "text": pa.string()}
     arrays = {name: pa.array(values, types[name]) for name, values in cases.items()}
@@ -54,5 +55,6 @@ def _with_bytes(row: dict[str, object], source: ImageSource) -> dict[str, object
     return row
 
 
-def _is_complete(row: dict[str, object]) -> bool:
-    return all(cell for cell in row.values())
+def _is_complete(row: dict[str, object], predictor: Predictor) -> bool:
+    present = predictor.prepare({name: [cell] for name, cell in row.items()}).present
+    return all(bool(mask[0]) for mask in present.values())

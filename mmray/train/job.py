@@ -22,11 +22,12 @@ import ray.train.torch
 import torch
 from ray.util.queue import Empty, Queue
 
-from mmray.bundle import Bundle, read_info, save_bundle
+from mmray.bundle import Bundle, read_info, save_bundle, without_weight_files
 from mmray.cluster import RAY_ERRORS, cluster, local_cpus, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
+from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint
@@ -80,6 +81,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
+            _check_image_size(config)
             _fit(config, tables, counts, labels, words, folder, on_epoch)
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
@@ -100,7 +102,8 @@ def _fit(
     on_epoch: OnEpoch,
 ) -> None:
     train = config.train
-    cached = counts.rows * row_bytes(config) <= train.cache_bytes
+    # A table smaller than a batch is cached whatever it takes: a stream of it would end before its first batch.
+    cached = counts.rows * row_bytes(config, len(labels)) <= train.cache_bytes or counts.rows < train.batch_size
     rows = {split: preprocess_rows(tables, split, config, words, labels) for split in ("train", "validation")}
     validation = rows["validation"].materialize()
     if not validation.count():
@@ -187,6 +190,21 @@ def _check_words(config: Config, vocabulary: Vocabulary | None) -> None:
             f"no word of the text column {config.table.text_column!r} is left for the vocabulary; "
             "lower text.min_count, or check the column"
         )
+
+
+def _check_image_size(config: Config) -> None:
+    """Refuses images that the network does not take, by giving it one."""
+    if "image" not in config.table.modalities:
+        return
+    size = config.image.size
+    encoder = ENCODERS["image"](without_weight_files(config), ()).eval()
+    try:
+        with torch.inference_mode():
+            encoder({"image": torch.zeros(1, size, size, 3, dtype=torch.uint8)})
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model.image_encoder does not take images of image.size = {size}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _threads_per_worker(num_workers: int) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmray.config import Config, TrainConfig
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.precision import autocast, resolve_precision
@@ -230,8 +230,20 @@ def _build(settings: Settings) -> FusionModel:
 def _rows(settings: Settings) -> Rows:
     train = settings.config.train
     if settings.cached:
-        return ShuffledRows(CachedRows("train"), train.batch_size, train.seed)
+        cached = CachedRows("train")
+        _check_present(cached, settings.config)
+        return ShuffledRows(cached, train.batch_size, train.seed)
     return StreamedRows("train", train.batch_size, train.seed)
+
+
+def _check_present(rows: CachedRows, config: Config) -> None:
+    for name in config.table.modalities:
+        if not rows.count(f"present_{name}"):
+            column = getattr(config.table, f"{name}_column")
+            raise TableError(
+                f"no training row has a usable {name}; check table.{name}_column = {column!r}"
+                + (f" and table.image_roots = {list(config.table.image_roots)}" if name == "image" else "")
+            )
 
 
 def _optimizer(train: TrainConfig, model: FusionModel) -> torch.optim.Optimizer:

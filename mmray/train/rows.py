@@ -36,6 +36,10 @@ class CachedRows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def count(self, name: str) -> int:
+        """Returns in how many rows a column is true."""
+        return sum(int(np.count_nonzero(block[name])) for block in self._blocks)
+
     def take(self, indices: NDArray[np.int64]) -> Batch:
         """Returns rows by their positions in the table, in the order asked for."""
         owner = np.searchsorted(self._starts, indices, side="right") - 1
