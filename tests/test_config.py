@@ -118,5 +118,5 @@ def test_another_kind_on_the_command_line_leaves_behind_what_only_the_old_one_ha
 @pytest.mark.parametrize("text", ["[binary]\n", "lstm = 1\n", "[model]\nbag = 1\n"])
 def test_a_kind_in_the_place_of_a_key_is_an_unknown_key(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.toml").write_text(f'{text}[table]\ntrain = "x"\n')
-    with pytest.raises(ConfigError, match="unknown key '(binary|lstm|model.bag)'"):
+    with pytest.raises(ConfigError, match=r"unknown key '(binary|lstm|model\.bag)'"):
         load_config(str(tmp_path / "run.toml"))

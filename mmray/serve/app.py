@@ -82,6 +82,7 @@ def build_app(args: ServeArgs) -> serve.Application:
         max_queued_requests=settings.max_queued,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         max_constructor_retry_count=3,
+        max_surge_percent=100,  # new replicas answer before the old ones go
         graceful_shutdown_timeout_s=GRACE_S,
     )
     return deployment(Endpoint).bind(settings)
