@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_errors(commands)
     _add_serve(commands)
+    _add_parity(commands)
     return parser
 
 
@@ -302,6 +303,35 @@ def _serve_config(args: argparse.Namespace) -> Any:
         raise ConfigError(
             f"--{flags.get(name, name).replace('_', '-')}: {item['msg']}, got {item['input']!r}"
         ) from None
+
+
+def _add_parity(commands: Any) -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="score the same rows by every path, and compare",
+        description="Score rows of a table by the predictor, by Ray Data at several batch sizes and actor counts, and "
+        "over HTTP; print the largest difference of each from the first. Exits 4 where one is beyond the tolerance.",
+    )
+    parity.add_argument("bundle", metavar="BUNDLE")
+    parity.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
+    parity.add_argument("--rows", type=int, default=500, metavar="N", help="rows compared (default: %(default)s)")
+    parity.add_argument("--image-root", action="append", metavar="DIR", help="where images may lie; repeatable")
+    parity.add_argument("--image-column", metavar="C", help="default: the one trained on")
+    parity.add_argument("--text-column", metavar="C", help="default: the one trained on")
+    parity.set_defaults(run=_parity)
+
+
+def _parity(args: argparse.Namespace) -> None:
+    from mmray.errors import VerifyError
+    from mmray.parity import compare_paths
+
+    broken = []
+    for parity in compare_paths(args.bundle, args.table, _score_config(args), args.rows):
+        other = f"   {parity.other_rows:,} rows with another label, status or reason" if parity.other_rows else ""
+        print(f"{parity.path:<34} largest difference {parity.largest_difference:.2e}{other}", flush=True)
+        broken += [] if parity.holds else [parity.path]
+    if broken:
+        raise VerifyError(f"the same rows get other scores by: {', '.join(broken)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def write_config(folder: Path, text: str) -> str:
     return str(folder / "run.toml")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "score", "verify", "errors", "serve"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "score", "verify", "errors", "serve", "parity"])
 def test_the_help_of_each_command_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

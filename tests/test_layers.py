@@ -23,7 +23,7 @@ LAYERS = (
     {"predictor"},
     {"cluster"},
     {"train", "score", "serve"},
-    {"evaluate"},
+    {"evaluate", "parity"},
     {"report", "progress"},
     {"summary"},
     {"demo"},

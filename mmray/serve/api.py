@@ -4,16 +4,17 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from mmray import __version__
-from mmray.serve.limits import Limits
+from mmray.serve.limits import PAGE, Limits
 from mmray.serve.schema import Item, Problem, Result, ScoreRequest, ScoreResponse
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
@@ -31,6 +32,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         422: "A field is unknown, missing or of the wrong type.",
         503: "Busy; try again after `Retry-After` seconds.",
     }.items()
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
 }
 _FORM = {"properties": {"text": {"type": "string"}, "image": {"type": "string", "format": "binary"}}}
 _BODY = {
@@ -54,6 +59,9 @@ def build_api(scorer: Callable[[], ItemScorer], settings: ServeConfig) -> FastAP
     api.add_middleware(Limits, settings=settings)
     api.add_exception_handler(HTTPException, _refused)
 
+    for path, (name, kind) in PAGE.items():
+        api.add_api_route(path, _page_file(name, kind), include_in_schema=False)
+
     @api.get("/healthz", summary="Whether the process lives")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
@@ -64,7 +72,7 @@ def build_api(scorer: Callable[[], ItemScorer], settings: ServeConfig) -> FastAP
 
     @api.get("/v1/model", summary="What answers: task, labels, settings, metrics, fingerprint")
     async def model() -> dict[str, Any]:
-        return describe(scorer())
+        return {**describe(scorer()), "max_items": settings.max_items}
 
     @api.post("/v1/score", response_model=ScoreResponse, responses=REFUSALS, openapi_extra={"requestBody": _BODY})
     async def score(request: Request) -> ScoreResponse:
@@ -83,6 +91,16 @@ def build_api(scorer: Callable[[], ItemScorer], settings: ServeConfig) -> FastAP
         )
 
     return api
+
+
+def _page_file(name: str, kind: str) -> Callable[[], Response]:
+    """Returns a route that gives one file of the page people try the model on."""
+    content = files("mmray.serve").joinpath("page", name).read_bytes()
+
+    def give() -> Response:
+        return Response(content, media_type=kind, headers=PAGE_HEADERS)
+
+    return give
 
 
 def describe(scorer: ItemScorer) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -97,13 +98,19 @@ def serve_forever(bundle: str, settings: ServeConfig, *, on_ready: Callable[[str
     read_info(bundle)  # a mistake is answered before anything starts
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    with cluster(settings.num_replicas):
-        try:
-            _start(bundle, settings)
-            on_ready(f"http://{settings.host}:{settings.port}")
-            ended.wait()
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+    with cluster(settings.num_replicas), endpoint(bundle, settings) as url:
+        on_ready(url)
+        ended.wait()
+
+
+@contextmanager
+def endpoint(bundle: str, settings: ServeConfig) -> Iterator[str]:
+    """Runs the endpoint on the cluster for the duration of a `with` block, and yields its URL."""
+    try:
+        _start(bundle, settings)
+        yield f"http://{settings.host}:{settings.port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _start(bundle: str, settings: ServeConfig) -> None:

@@ -16,7 +16,13 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/", "/healthz", "/readyz")  # answered without a token: a page and probes that give nothing away
+PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+"""Path -> file and content type of the page people try the model on."""
+OPEN_PATHS = (*PAGE, "/healthz", "/readyz")  # answered without a token: they give nothing away
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
