@@ -24,6 +24,7 @@ from mmray.errors import BundleError, ConfigError, TableError
 from mmray.evaluate import evaluate_bundle
 from mmray.score.job import score_table
 from mmray.score.verify import verify_output
+from mmray.train.checkpoint import latest_checkpoint
 from mmray.train.job import train_model
 
 pytestmark = pytest.mark.ray
@@ -230,6 +231,29 @@ def test_a_driver_that_is_killed_resumes_with_the_same_command(
     assert finished.returncode == 0, finished.stderr
     assert f"{48 - committed} of 48 slices" in finished.stdout
     assert mmray("verify", output, "--level", "2").returncode == 0
+
+
+def test_training_that_is_interrupted_says_so_and_continues(rows: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        f'[table]\ntrain = "{rows}"\n[image]\nsize = 16\n[model.image_encoder]\nchannels = [4]\nkind = "cnn"\n'
+        f'[train]\nepochs = 400\npatience = 400\nstorage = "{tmp_path}"\nname = "run"\n'
+    )
+    with subprocess.Popen([*COMMAND, "train", str(recipe)], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
+        checkpoints = tmp_path / "run" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("*.safetensors")) or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "bundle").exists()
+    checkpoint = latest_checkpoint(str(tmp_path / "run"))
+    assert checkpoint is not None
+    finished = len(checkpoint.history)
+    assert 0 < finished < 400
+    shorter = mmray("train", recipe, "--set", f"train.epochs={finished}")
+    assert shorter.returncode == 2, "another configuration is another run"
 
 
 def test_a_finished_run_answers_without_ray_or_a_model(rows: Path, bundle: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ bundle of one that is finished.
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +137,21 @@ def _fit(
             # Every worker sees every row of what is cached, and takes its own; Ray's even split drops the rest.
             dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
         )
-        trainer.fit()
+        with _ctrl_c_is_an_interruption():
+            trainer.fit()
+
+
+@contextmanager
+def _ctrl_c_is_an_interruption() -> Iterator[None]:
+    """Makes Ctrl-C mean what it means elsewhere: Ray Train's own handler ends the process as if all were well."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
