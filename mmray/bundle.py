@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -65,7 +66,7 @@ class Bundle:
             raise BundleError(f"the bundle's weights do not fit its configuration: {error}") from None
         return model.eval()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over configuration, labels, weights, vocabulary and preprocessing version."""
         digest = hashlib.sha256()
