@@ -10,14 +10,15 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from mmray import __version__
-from mmray.config import ScoreConfig, load_config
+from mmray.config import ScoreConfig, Section, load_config
 from mmray.errors import ConfigError, MmrayError
 
 INTERRUPTED = 130
+S = TypeVar("S", bound=Section)
 
 
 def run() -> None:
@@ -163,10 +164,14 @@ def _add_score(commands: Any) -> None:
     score.set_defaults(run=_score)
 
 
-def _add_placement(parser: Any) -> None:
+def _add_columns(parser: Any) -> None:
     parser.add_argument("--image-root", action="append", metavar="DIR", help="where images may lie; repeatable")
     parser.add_argument("--image-column", metavar="C", help="default: the one trained on")
     parser.add_argument("--text-column", metavar="C", help="default: the one trained on")
+
+
+def _add_placement(parser: Any) -> None:
+    _add_columns(parser)
     parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per CPU, or per GPU)")
     parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
@@ -175,17 +180,25 @@ def _add_placement(parser: Any) -> None:
 
 
 def _score_config(args: argparse.Namespace) -> ScoreConfig:
+    return _settings(ScoreConfig, args, {"image_root": "image_roots", "actors": "num_actors", "gpus": "gpus_per_actor"})
+
+
+def _settings(kind: type[S], args: argparse.Namespace, fields: Mapping[str, str], **more: Any) -> S:
+    """Returns the settings that a command's flags give; a wrong one is named as it was typed.
+
+    Args:
+        fields: flag -> field, where the two have different names.
+        more: settings that no flag gives.
+    """
     from pydantic import ValidationError
 
-    names = {"image_root": "image_roots", "actors": "num_actors", "gpus": "gpus_per_actor"}
-    given = {names.get(key, key): value for key, value in vars(args).items() if value is not None}
+    given = {fields.get(key, key): value for key, value in vars(args).items() if value is not None}
     try:
-        return ScoreConfig(**{key: value for key, value in given.items() if key in ScoreConfig.model_fields})
+        return kind(**{key: value for key, value in given.items() if key in kind.model_fields}, **more)
     except ValidationError as error:
-        flags = {value: key for key, value in names.items()}
         item = error.errors()[0]
         name = str(item["loc"][0])
-        flag = flags.get(name, name).replace("_", "-")
+        flag = {field: flag for flag, field in fields.items()}.get(name, name).replace("_", "-")
         raise ConfigError(f"--{flag}: {item['msg']}, got {item['input']!r}") from None
 
 
@@ -268,12 +281,11 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("bundle", metavar="BUNDLE")
     serve.add_argument("--host", help="address to listen on (default: 127.0.0.1, this machine only)")
     serve.add_argument("--port", type=int, help="default: 8000")
-    serve.add_argument("--replicas", dest="num_replicas", type=int, metavar="N", help="processes (default: 1)")
-    serve.add_argument("--gpus", dest="gpus_per_replica", type=float, metavar="N", help="GPUs of each (default: 0)")
+    serve.add_argument("--replicas", type=int, metavar="N", help="processes (default: 1)")
+    serve.add_argument("--gpus", type=float, metavar="N", help="GPUs of each (default: 0)")
     serve.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
     serve.add_argument(
         "--image-root",
-        dest="image_roots",
         action="append",
         metavar="DIR",
         help="let requests name images in this folder; repeatable (default: uploads only)",
@@ -289,20 +301,10 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _serve_config(args: argparse.Namespace) -> Any:
-    from pydantic import ValidationError
-
     from mmray.serve.settings import ServeConfig
 
-    given = {key: value for key, value in vars(args).items() if value is not None and key in ServeConfig.model_fields}
-    try:
-        return ServeConfig(**given, token=os.environ.get("MMRAY_TOKEN") or None)
-    except ValidationError as error:
-        item = error.errors()[0]
-        flags = {"num_replicas": "replicas", "gpus_per_replica": "gpus", "image_roots": "image-root"}
-        name = str(item["loc"][0])
-        raise ConfigError(
-            f"--{flags.get(name, name).replace('_', '-')}: {item['msg']}, got {item['input']!r}"
-        ) from None
+    fields = {"image_root": "image_roots", "replicas": "num_replicas", "gpus": "gpus_per_replica"}
+    return _settings(ServeConfig, args, fields, token=os.environ.get("MMRAY_TOKEN") or None)
 
 
 def _add_parity(commands: Any) -> None:
@@ -315,9 +317,7 @@ def _add_parity(commands: Any) -> None:
     parity.add_argument("bundle", metavar="BUNDLE")
     parity.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
     parity.add_argument("--rows", type=int, default=500, metavar="N", help="rows compared (default: %(default)s)")
-    parity.add_argument("--image-root", action="append", metavar="DIR", help="where images may lie; repeatable")
-    parity.add_argument("--image-column", metavar="C", help="default: the one trained on")
-    parity.add_argument("--text-column", metavar="C", help="default: the one trained on")
+    _add_columns(parity)
     parity.set_defaults(run=_parity)
 
 

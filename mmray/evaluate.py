@@ -119,9 +119,7 @@ def _plan(info: BundleInfo, table: str, options: ScoreConfig, split: str | None)
         *([trained.split_column] if split and trained.split_column else []),
     ]
     opened = open_table(table, needed, lambda schema, where: require_types(schema, columns, where))
-    # Actors may work in another folder: what they are told is absolute.
-    roots = tuple(open_store(root).uri for root in options.image_roots)
-    return cut(opened, options.slice_rows), roots or (opened.folder,)
+    return cut(opened, options.slice_rows), opened.image_roots(options.image_roots)
 
 
 def _unpack(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from mmray.score.job import score_table
 from mmray.serve.app import endpoint
 from mmray.serve.settings import ServeConfig
 from mmray.slices import Table, cut, open_table, read_slice
-from mmray.source import ImageSource
-from mmray.store import open_store
+from mmray.source import ImageSource, bytes_or_path
 from mmray.table import cells
 
 PLACEMENTS = ((1, 1), (32, 2), (7, 2))  # rows per forward pass, actors
@@ -60,7 +59,7 @@ def compare_paths(bundle: str, table_uri: str, options: ScoreConfig, max_rows: i
     info = read_info(bundle)
     columns = {name: column_of(name, options, info.config.table) for name in info.config.table.modalities}
     table = open_table(table_uri, list(columns.values()))
-    roots = tuple(open_store(root).uri for root in options.image_roots) or (table.folder,)
+    roots = table.image_roots(options.image_roots)
     settings = options.model_copy(update={"image_roots": roots, "precision": "fp32"})
     rows = _first_rows(table, max_rows)
     with tempfile.TemporaryDirectory(prefix="mmray-parity-") as folder, cluster():
@@ -111,9 +110,7 @@ def _asked(bundle: str, rows: pa.Table, columns: dict[str, str], roots: Sequence
 
 
 def _item(row: dict[str, Any]) -> dict[str, Any]:
-    image = row.get("image")
-    if isinstance(image, dict):
-        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    image = bytes_or_path(row.get("image"))
     item = {} if row.get("text") is None else {"text": row["text"]}
     if isinstance(image, bytes):
         item["image"] = {"base64": base64.b64encode(image).decode()}

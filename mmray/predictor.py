@@ -112,19 +112,15 @@ class Predictor:
             columns: modality -> B cells.
             alone: also predict each row from each modality on its own.
         """
-        parts = [self._forward(features, alone) for features in self._batches(columns)]
+        parts = [self.predict_features(features, alone=alone) for features in self._batches(columns)]
         if not parts:
-            parts = [self._forward(self._preprocess({name: [None] for name in self.modalities}), alone)]
+            parts = [self.predict_features(self._preprocess({name: [None] for name in self.modalities}), alone=alone)]
             return _head(parts[0], 0)
         return _concatenate(parts)
 
     def prepare(self, columns: Mapping[str, Sequence[Any]]) -> Features:
         """Preprocesses B rows, for `predict_features`; thread-safe."""
         return self._preprocess(columns)
-
-    def predict_features(self, features: Features, *, alone: bool = False) -> Prediction:
-        """Predicts B rows that were preprocessed, as one batch."""
-        return self._forward(features, alone)
 
     def _batches(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[Features]:
         # Preprocessing runs one batch ahead on its own thread: decoding releases the interpreter lock, and a GPU
@@ -140,7 +136,8 @@ class Predictor:
                 yield features
 
     @torch.inference_mode()
-    def _forward(self, features: Features, alone: bool) -> Prediction:
+    def predict_features(self, features: Features, *, alone: bool = False) -> Prediction:
+        """Predicts B rows that were preprocessed, as one batch."""
         arrays = {name: torch.from_numpy(array).to(self.device) for name, array in features.arrays.items()}
         present = {name: torch.from_numpy(mask).to(self.device) for name, mask in features.present.items()}
         with autocast(self.device, self.precision):

@@ -68,6 +68,10 @@ class Table:
     def num_rows(self) -> int:
         return sum(file.num_rows for file in self.files)
 
+    def image_roots(self, given: Sequence[str]) -> tuple[str, ...]:
+        """Returns where images may lie: the folders given, absolute since workers may run elsewhere, or the table's."""
+        return tuple(open_store(root).uri for root in given) or (self.folder,)
+
 
 def open_table(
     uri: str, columns: Sequence[str] = (), check: Callable[[pa.Schema, str], None] = lambda schema, where: None

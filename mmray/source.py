@@ -38,8 +38,7 @@ class ImageSource:
         Raises:
             EnvironmentFaultError: the disk or the store failed, which says nothing about the image.
         """
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+        cell = bytes_or_path(cell)
         if cell is None or cell == "":
             return fault(Reason.IMAGE_NULL, "no image")
         if isinstance(cell, bytes):
@@ -126,6 +125,13 @@ class ImageSource:
         if entry.size == 0:
             return fault(Reason.EMPTY_FILE, "no bytes")
         return self._too_large(entry.size) or store.read(key)
+
+
+def bytes_or_path(cell: Any) -> Any:
+    """Returns what a cell holds: of a struct its bytes, or its path where it has none."""
+    if not isinstance(cell, dict):
+        return cell
+    return cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
 
 
 def _split(name: str) -> tuple[str, str]:

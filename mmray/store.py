@@ -125,10 +125,11 @@ class LocalStore(Store):
         seen = set[str]()
         top = os.path.join(self.uri, prefix)
         for folder, below, names in os.walk(top, onerror=_unless_absent(top), followlinks=True):
-            if os.path.realpath(folder) in seen:  # a link that leads back
+            real = os.path.realpath(folder)
+            if real in seen:  # a link that leads back
                 below.clear()
                 continue
-            seen.add(os.path.realpath(folder))
+            seen.add(real)
             for name in names:
                 if name.endswith(TEMPORARY_SUFFIX):
                     continue

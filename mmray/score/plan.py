@@ -70,12 +70,15 @@ def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig) -> Plan:
 
     table = open_table(table_uri, list(columns.values()), check)
     slices = tuple(cut(table, options.slice_rows))
-    roots = [open_store(root).uri for root in options.image_roots] or [table.folder]
     identity = {
         "fingerprint": info.fingerprint,
         "files": [[file.uri, file.size, file.version, file.num_rows] for file in table.files],
         "slices": hashlib.sha256(json.dumps([[s.first_row, s.num_rows] for s in slices]).encode()).hexdigest(),
-        "options": {**options.numeric_options(), "columns": columns, "image_roots": roots},
+        "options": {
+            **options.numeric_options(),
+            "columns": columns,
+            "image_roots": list(table.image_roots(options.image_roots)),  # as JSON gives it back
+        },
         "schema_version": SCHEMA_VERSION,
     }
     return Plan(slices, identity, info)

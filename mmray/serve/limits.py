@@ -2,12 +2,12 @@
 
 import asyncio
 import hmac
-import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mmray.serve.schema import Problem
 from mmray.serve.settings import ServeConfig
 
 Scope = MutableMapping[str, Any]
@@ -89,7 +89,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 async def refuse(scope: Scope, send: Send, status: int, code: str, message: str) -> None:
     """Answers with a code and a sentence."""
-    body = json.dumps({"code": code, "message": message, "request_id": scope["request_id"]}).encode()
+    body = Problem(code=code, message=message, request_id=scope["request_id"]).model_dump_json().encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
     await send({"type": "http.response.start", "status": status, "headers": headers})

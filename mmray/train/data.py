@@ -123,7 +123,7 @@ def preprocess_rows(
     table = tables.of(split)
     slice_rows = max(min(BLOCK_BYTES // row_bytes(config, len(labels)), max(table.num_rows // 16, 64)), 1)
     part = None if table is tables.validation else split
-    roots = config.table.image_roots or (table.folder,)
+    roots = table.image_roots(config.table.image_roots)
     arguments = (config, tables.validation is not None, part, vocabulary, tuple(labels), roots)
     return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
 

@@ -249,4 +249,4 @@ def _make_bundle(
         },
         score_range=(counts.target_mean - spread, counts.target_mean + spread) if regression else (0.0, 1.0),
     )
-    return golden_rows(bundle, tables.train, config.table.image_roots or (tables.train.folder,))
+    return golden_rows(bundle, tables.train, tables.train.image_roots(config.table.image_roots))
