@@ -197,6 +197,8 @@ def _settings(kind: type[S], args: argparse.Namespace, fields: Mapping[str, str]
         return kind(**{key: value for key, value in given.items() if key in kind.model_fields}, **more)
     except ValidationError as error:
         item = error.errors()[0]
+        if not item["loc"]:
+            raise ConfigError(item["msg"].removeprefix("Value error, ")) from None
         name = str(item["loc"][0])
         flag = {field: flag for flag, field in fields.items()}.get(name, name).replace("_", "-")
         raise ConfigError(f"--{flag}: {item['msg']}, got {item['input']!r}") from None
@@ -291,19 +293,35 @@ def _add_serve(commands: Any) -> None:
         help="let requests name images in this folder; repeatable (default: uploads only)",
     )
     serve.add_argument("--max-items", type=int, metavar="N", help="most items in a request (default: 64)")
+    serve.add_argument("--tls-cert", metavar="PEM", help="answer over HTTPS, with this certificate")
+    serve.add_argument("--tls-key", metavar="PEM", help="the certificate's private key")
+    serve.add_argument(
+        "--cors-origin",
+        action="append",
+        metavar="ORIGIN",
+        help="let pages of this origin call from a browser; repeatable (default: none)",
+    )
     serve.set_defaults(run=_serve)
 
 
 def _serve(args: argparse.Namespace) -> None:
     from mmray.serve.app import serve_forever
 
-    serve_forever(args.bundle, _serve_config(args), on_ready=lambda url: print(f"ready at {url}", flush=True))
+    def on_ready(url: str, metrics: str) -> None:
+        print(f"ready at {url}; metrics for Prometheus at {metrics}", flush=True)
+
+    serve_forever(args.bundle, _serve_config(args), on_ready=on_ready)
 
 
 def _serve_config(args: argparse.Namespace) -> Any:
     from mmray.serve.settings import ServeConfig
 
-    fields = {"image_root": "image_roots", "replicas": "num_replicas", "gpus": "gpus_per_replica"}
+    fields = {
+        "image_root": "image_roots",
+        "cors_origin": "cors_origins",
+        "replicas": "num_replicas",
+        "gpus": "gpus_per_replica",
+    }
     return _settings(ServeConfig, args, fields, token=os.environ.get("MMRAY_TOKEN") or None)
 
 

@@ -62,17 +62,18 @@ def compare_paths(bundle: str, table_uri: str, options: ScoreConfig, max_rows: i
     roots = table.image_roots(options.image_roots)
     settings = options.model_copy(update={"image_roots": roots, "precision": "fp32"})
     rows = _first_rows(table, max_rows)
-    with tempfile.TemporaryDirectory(prefix="mmray-parity-") as folder, cluster():
+    with tempfile.TemporaryDirectory(prefix="mmray-parity-") as folder:
         pq.write_table(rows, f"{folder}/rows.parquet", row_group_size=64)
         want = _predicted(bundle, rows, settings)
-        for batch_size, actors in PLACEMENTS:
-            placed = settings.model_copy(
-                update={"batch_size": batch_size, "num_actors": actors, "slice_rows": -(-rows.num_rows // 8)}
-            )
-            output = f"{folder}/{batch_size}-{actors}"
-            score_table(bundle, f"{folder}/rows.parquet", output, placed)
-            got = pyarrow.dataset.dataset(f"{output}/data").to_table().to_pylist()
-            yield _compare(f"mmray score, batch {batch_size}, {actors} actors", want, got, info)
+        with cluster():
+            for batch_size, actors in PLACEMENTS:
+                placed = settings.model_copy(
+                    update={"batch_size": batch_size, "num_actors": actors, "slice_rows": -(-rows.num_rows // 8)}
+                )
+                output = f"{folder}/{batch_size}-{actors}"
+                score_table(bundle, f"{folder}/rows.parquet", output, placed)
+                got = pyarrow.dataset.dataset(f"{output}/data").to_table().to_pylist()
+                yield _compare(f"mmray score, batch {batch_size}, {actors} actors", want, got, info)
         yield _compare(f"HTTP, {ITEMS} items a request", want, _asked(bundle, rows, columns, roots), info)
 
 

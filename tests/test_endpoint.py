@@ -194,6 +194,38 @@ def test_a_model_of_texts_says_that_it_does_not_read_images(tmp_path: Path) -> N
     assert result["results"][0]["warnings"] == ["the image is ignored: the model does not read it"]
 
 
+def test_a_text_longer_than_the_model_reads_is_scored_with_a_warning(scorer: ItemScorer) -> None:
+    limit = scorer.bundle.config.text.max_bytes
+    items = [{"text": "red" + " " * (limit - 3)}, {"text": "red" + " " * (limit - 2)}, {"text": "red"}]
+    results = post(scorer, SETTINGS.model_copy(update={"max_body_bytes": 10 * limit}), json={"items": items}).json()
+    whole, cut, short = results["results"]
+    assert cut["warnings"] == [f"the text is cut: the model reads {limit:,} bytes of {limit + 1:,}"]
+    assert whole["warnings"] == short["warnings"] == []
+    assert cut["score"] == pytest.approx(short["score"], abs=1e-5)
+
+
+def test_pages_of_other_origins_may_ask_only_if_they_are_named(scorer: ItemScorer) -> None:
+    settings = SETTINGS.model_copy(update={"cors_origins": ("https://shop.example",), "token": SecretStr("hush")})
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+    async def conversation(client: httpx.AsyncClient) -> list[tuple[int, str | None]]:
+        origins = ("https://shop.example", "https://evil.example")
+        answers = [await client.options("/v1/score", headers={"Origin": o, **asks}) for o in origins]
+        return [(answer.status_code, answer.headers.get("access-control-allow-origin")) for answer in answers]
+
+    assert ask(scorer, conversation, settings) == [(200, "https://shop.example"), (400, None)]
+    closed = post(scorer, json={"text": "red"}, headers={"Origin": "https://shop.example"})
+    assert "access-control-allow-origin" not in closed.headers
+
+
+def test_each_batch_is_told_to_who_counts(bundle: str) -> None:
+    told: list[tuple[list[str], float]] = []
+    counted = ItemScorer(bundle, SETTINGS, lambda results, seconds: told.append(([r.status for r in results], seconds)))
+    post(counted, json={"items": [{"text": "red"}, {}]})
+    assert sorted(status for statuses, _ in told for status in statuses) == ["degraded", "failed"]
+    assert all(seconds > 0 for _, seconds in told)
+
+
 def test_no_request_made_of_rubbish_gets_a_500(scorer: ItemScorer, rows: Path) -> None:
     generator = random.Random(0)
     whole = json.dumps({"items": [{"text": "the red square", "image": encoded(rows / "images" / "0.jpg")}]}).encode()

@@ -36,6 +36,7 @@ RAY = {
     "mmray/train/loop.py",
     "mmray/train/job.py",
     "mmray/serve/app.py",
+    "mmray/serve/meters.py",
 }
 NO_TORCH = {"errors", "config", "table", "store", "slices", "labels", "source", "preprocess", "report", "progress"}
 

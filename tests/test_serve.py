@@ -2,13 +2,17 @@
 
 import asyncio
 import base64
+import datetime
+import ipaddress
 import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,20 +22,23 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from models import colour_table, score_in_process, small_bundle, with_golden
 from ray import serve
 from test_endpoint import encoded, spoiled
 
 from mmray.bundle import load_bundle, save_bundle
-from mmray.cluster import cluster
 from mmray.config import ScoreConfig
-from mmray.serve.app import NAME, ServeArgs, build_app
+from mmray.serve.app import NAME, ServeArgs, build_app, endpoint
 from mmray.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray
 
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-SETTINGS = ServeConfig(max_items=32, max_body_bytes=2**20, body_timeout_s=2)
+SETTINGS = ServeConfig(max_items=32, max_body_bytes=2**20, header_timeout_s=2, body_timeout_s=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +56,14 @@ def bundles(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def url(bundles: list[str]) -> Iterator[str]:
-    with cluster(2), socket.socket() as free:
+    with endpoint(bundles[0], SETTINGS.model_copy(update={"port": free_port()})) as url:
+        yield url
+
+
+def free_port() -> int:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})
-        deploy(bundles[0])
-        yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
+        return int(free.getsockname()[1])
 
 
 def deploy(bundle: str) -> None:
@@ -145,6 +152,40 @@ def test_five_thousand_requests_of_rubbish_get_no_500_and_do_not_wear_the_replic
     assert replicas() == before
 
 
+def test_headers_that_drip_are_cut_off_and_a_body_that_drips_too(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    head = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    for sent, code in ((head, "408 Request Time-out"), (head + b"\r\n{", "BODY_TIMEOUT")):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(sent)
+            answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408"), sent
+        assert code.encode() in answer
+
+
+def test_nothing_but_the_endpoint_is_open_to_the_network(url: str) -> None:
+    """Ray's own configuration of HAProxy shows its statistics to anyone."""
+    opened = listening("haproxy")
+    assert opened == {("127.0.0.1", int(url.rpartition(":")[2]))}
+    assert {host for host, port in listening(f"ServeReplica:{NAME}") if 30_000 <= port < 31_000} == {"127.0.0.1"}
+
+
+def listening(words: str) -> set[tuple[str, int]]:
+    """The IPv4 addresses that processes listen on whose command line has these words."""
+    inodes = {link for pid in pids(words) for link in links(pid)}
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+            address, port = fields[1].split(":")
+            found.add((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
+    return found
+
+
+def links(pid: int) -> set[str]:
+    return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+
+
 def test_a_new_bundle_answers_without_a_failed_request_and_a_bad_one_leaves_the_old(
     url: str, bundles: list[str], tmp_path: Path
 ) -> None:
@@ -172,42 +213,109 @@ def test_a_new_bundle_answers_without_a_failed_request_and_a_bad_one_leaves_the_
     assert httpx.get(f"{url}/readyz").json()["fingerprint"] == prints[0]
 
 
-def test_killed_replicas_are_replaced(url: str) -> None:
-    victims = replicas()
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            response = httpx.post(f"{url}/v1/score", json={"text": "red"}, timeout=60)
-        except httpx.TransportError:
-            response = None
-        if response is not None and response.status_code == 200:
-            break
-        assert time.monotonic() < deadline, "no replica came back"
-    assert replicas() - victims
+def test_a_replica_killed_under_load_is_replaced_and_nobody_gets_worse_than_a_503(url: str) -> None:
+    victims, codes = replicas(), Counter[int]()
+
+    async def talk() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            deadline = time.monotonic() + 60
+            while codes[200] < 200 or not replicas() - victims:
+                assert time.monotonic() < deadline, codes
+                asked = (client.post("/v1/score", json={"text": "red"}) for _ in range(8))
+                for answer in await asyncio.gather(*asked, return_exceptions=True):
+                    if isinstance(answer, httpx.TransportError):  # it was with the replica as that was killed
+                        codes[0] += 1
+                        continue
+                    assert not isinstance(answer, BaseException)
+                    codes[answer.status_code] += 1
+                    assert answer.status_code == 200 or "Retry-After" in answer.headers
+                if sum(codes.values()) == 40:
+                    for victim in victims:
+                        os.kill(victim, signal.SIGKILL)
+
+    asyncio.run(talk())
+    assert set(codes) <= {0, 200, 503}
+    assert codes[0] <= 8, "no more than were being worked on"
 
 
 def replicas() -> set[int]:
     """The processes of this test's replicas."""
+    return pids(f"ServeReplica:{NAME}")
+
+
+def pids(words: str) -> set[int]:
     listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return {int(line.split()[0]) for line in listed.splitlines() if f"ServeReplica:{NAME}" in line}
+    return {int(line.split()[0]) for line in listed.splitlines() if words in line}
 
 
-def test_the_command_answers_and_ends_when_it_is_told_to(bundles: list[str], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "mmray.cli", "serve", bundles[0], "--port", port]
-    environment = {**ALONE, "MMRAY_TOKEN": "hush"}
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A certificate of this test's own for 127.0.0.1, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = builder.add_extension(alternative, critical=False).sign(key, hashes.SHA256())
+    (folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    formats = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*formats))
+    return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
+    bundles: list[str], certificate: tuple[str, str]
+) -> None:
+    url = f"https://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mmray.cli", "serve", bundles[0], "--port", url.rpartition(":")[2]]
+    command += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
+    environment = {**ALONE, "MMRAY_TOKEN": "hush", "RAY_metrics_report_interval_ms": "500"}
+    trust = ssl.create_default_context(cafile=certificate[0])
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stdout is not None
-        assert run.stdout.readline() == f"ready at http://127.0.0.1:{port}\n"
-        asked = {"url": f"http://127.0.0.1:{port}/v1/score", "json": {"text": "red"}}
-        assert httpx.post(**asked).status_code == 401
-        assert httpx.post(**asked, headers={"Authorization": "Bearer hush"}).status_code == 200
+        ready = run.stdout.readline()
+        assert ready.startswith(f"ready at {url}; metrics for Prometheus at http://")
+        with httpx.Client(base_url=url, verify=trust) as client:
+            assert client.post("/v1/score", json={"text": "red"}).status_code == 401
+            client.headers["Authorization"] = "Bearer hush"
+            assert client.post("/v1/score", json={"items": [{"text": "red"}] * 3}).status_code == 200
+        counted = exported(ready.split()[-1], "ray_mmray_items_total")
+        assert [(float(line.split()[-1]), 'reason="IMAGE_NULL"' in line) for line in counted] == [(3.0, True)]
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert "Traceback" not in errors
     assert "hush" not in errors
+
+
+def exported(url: str, name: str) -> list[str]:
+    """The lines of a metric, as soon as there are any."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if found := [line for line in httpx.get(url).text.splitlines() if line.startswith(name)]:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{name} was not exported")
+
+
+def test_a_command_that_is_killed_leaves_nobody_on_its_port(bundles: list[str]) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mmray.cli", "serve", bundles[0], "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ALONE) as run:
+        assert run.stdout is not None
+        assert "ready" in run.stdout.readline()
+        run.kill()
+    deadline = time.monotonic() + 60
+    while ("127.0.0.1", port) in listening("haproxy"):
+        assert time.monotonic() < deadline, "HAProxy is still there"
+        time.sleep(0.2)
+
+
+def test_parity_of_every_path_is_shown_by_one_command(bundles: list[str], rows: Path) -> None:
+    command = [sys.executable, "-m", "mmray.cli", "parity", bundles[0], str(rows), "--rows", "100"]
+    run = subprocess.run(command, capture_output=True, text=True, env=ALONE, check=False)
+    assert run.returncode == 0, run.stderr
+    paths = [line.partition("  ")[0] for line in run.stdout.splitlines()]
+    assert [path.split()[0] for path in paths] == ["mmray", "mmray", "mmray", "HTTP,"]
+    found = [float(line.split("difference ")[1].split()[0]) for line in run.stdout.splitlines()]
+    assert max(found) < 1e-4

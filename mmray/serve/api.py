@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -15,11 +16,10 @@ from starlette.exceptions import HTTPException
 
 from mmray import __version__
 from mmray.serve.limits import PAGE, Limits
-from mmray.serve.schema import Item, Problem, Result, ScoreRequest, ScoreResponse
+from mmray.serve.schema import RETRY_AFTER_S, Item, Problem, Result, ScoreRequest, ScoreResponse
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
-RETRY_AFTER_S = 1
 MAX_FORM_TEXT_BYTES = 2**20
 REFUSALS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "description": text}
@@ -57,6 +57,13 @@ def build_api(scorer: Callable[[], ItemScorer], settings: ServeConfig) -> FastAP
     # The documentation pages would load scripts from elsewhere; the schema is at /openapi.json.
     api = FastAPI(title="mmray", version=__version__, docs_url=None, redoc_url=None)
     api.add_middleware(Limits, settings=settings)
+    if settings.cors_origins:  # outside of the limits: a browser asks for leave without a token
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+        )
     api.add_exception_handler(HTTPException, _refused)
 
     for path, (name, kind) in PAGE.items():

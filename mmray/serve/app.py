@@ -1,17 +1,23 @@
 """Places the endpoint on Ray Serve: replicas, their queue, their health, and a new bundle without a pause.
 
 `build_app` is what a Serve config file names, as `import_path: mmray.serve.app:build_app`; `serve_forever` is the
-command line's.
+command line's, on the cluster that `RAY_ADDRESS` names or on one of its own, with HAProxy before the replicas.
 """
 
 import asyncio
 import logging
+import os
 import signal
+import ssl
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
@@ -19,14 +25,18 @@ from ray.serve.config import BackpressureConfig, HTTPOptions
 from mmray.bundle import read_info
 from mmray.cluster import cluster, unwrap
 from mmray.config import Section
-from mmray.errors import MmrayError
-from mmray.serve.api import RETRY_AFTER_S, build_api
+from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
+from mmray.serve.api import build_api
+from mmray.serve.haproxy import INSIDE, haproxy
+from mmray.serve.meters import Meters
+from mmray.serve.schema import RETRY_AFTER_S
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
 NAME = "mmray"
 STUCK_AFTER_S = 60.0  # of one batch: then the replica is replaced
 GRACE_S = 20.0  # for requests in flight when a replica ends
+READY_WITHIN_S = 60.0  # of its replicas
 logger = logging.getLogger("ray.serve")
 
 
@@ -44,7 +54,7 @@ class Endpoint:
     """One replica: a scorer and the routes that ask it."""
 
     def __init__(self, settings: ServeConfig) -> None:
-        self._settings = settings
+        self._settings, self._meters = settings, Meters()
         self._scorer: ItemScorer | None = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
@@ -52,11 +62,14 @@ class Endpoint:
         if self._scorer is not None and self._scorer.bundle_uri == config["bundle"]:
             return
         try:
-            self._scorer = await asyncio.to_thread(ItemScorer, config["bundle"], self._settings)
+            scorer = await asyncio.to_thread(ItemScorer, config["bundle"], self._settings, self._meters.batch)
         except MmrayError as error:
             if self._scorer is None:
                 raise
             logger.error("%s; %s keeps answering", error, self._scorer.bundle_uri)
+            return
+        self._scorer = scorer
+        self._meters.model(scorer.bundle.fingerprint)
 
     def check_health(self) -> None:
         """Tells Serve to replace a replica whose model hangs."""
@@ -82,6 +95,7 @@ def build_app(args: ServeArgs) -> serve.Application:
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
+        logging_config={"enable_access_log": False},  # a line for each request costs as much as parsing it
         max_constructor_retry_count=3,
         max_surge_percent=100,  # new replicas answer before the old ones go
         graceful_shutdown_timeout_s=GRACE_S,
@@ -89,39 +103,69 @@ def build_app(args: ServeArgs) -> serve.Application:
     return deployment(Endpoint).bind(settings)
 
 
-def serve_forever(bundle: str, settings: ServeConfig, *, on_ready: Callable[[str], None]) -> None:
+def serve_forever(bundle: str, settings: ServeConfig, *, on_ready: Callable[[str, str], None]) -> None:
     """Answers until the process is told to end.
 
+    Args:
+        bundle: folder or URI of the bundle.
+        settings: how the endpoint runs.
+        on_ready: called once it answers, with its URL and the URL of the metrics of this machine.
+
     Raises:
-        MmrayError: the bundle cannot be used, or Ray or the port cannot be had.
+        MmrayError: the bundle cannot be used, or Ray or the address cannot be had.
     """
-    read_info(bundle)  # a mistake is answered before anything starts
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    with cluster(settings.num_replicas), endpoint(bundle, settings) as url:
-        on_ready(url)
+    with endpoint(bundle, settings) as url:
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())  # here: Ray sets one of its own as it starts
+        here = ray.get_runtime_context().get_node_id()
+        node = next(node for node in ray.nodes() if node["NodeID"] == here)  # type: ignore[no-untyped-call]
+        on_ready(url, f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
         ended.wait()
 
 
 @contextmanager
 def endpoint(bundle: str, settings: ServeConfig) -> Iterator[str]:
-    """Runs the endpoint on the cluster for the duration of a `with` block, and yields its URL."""
-    try:
-        _start(bundle, settings)
-        yield f"http://{settings.host}:{settings.port}"
-    finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+    """Runs the endpoint for the duration of a `with` block, and yields its URL.
 
-
-def _start(bundle: str, settings: ServeConfig) -> None:
-    logger.setLevel(logging.ERROR)  # what Serve has to say of its start is no news to a user
-    timeout_s = settings.request_timeout_s + GRACE_S  # ours comes first, and says why
-    options = HTTPOptions(host=settings.host, port=settings.port, request_timeout_s=timeout_s)
-    try:
+    Raises:
+        MmrayError: see `serve_forever`.
+    """
+    read_info(bundle)  # a mistake is answered before anything starts
+    given = ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    if given and settings.tls_cert:
+        raise ConfigError("a cluster that is running already answers without TLS; leave TLS to the gateway before it")
+    with nullcontext() if given else haproxy(settings), cluster(settings.num_replicas):
+        logger.setLevel(logging.ERROR)  # what Serve has to say of its start is no news to a user
+        timeout_s = settings.request_timeout_s + GRACE_S  # ours comes first, and says why
+        options = HTTPOptions(host=settings.host if given else INSIDE, port=settings.port, request_timeout_s=timeout_s)
         serve.start(http_options=options, logging_config={"log_level": "ERROR"})
+        try:
+            _deploy(bundle, settings)
+            _await_answer(settings.url)
+            yield settings.url
+        finally:
+            serve.delete(NAME)  # and not all of Serve: on a cluster that was given, others may answer too
+
+
+def _deploy(bundle: str, settings: ServeConfig) -> None:
+    try:
         serve.run(build_app(ServeArgs(bundle=bundle, settings=settings)), name=NAME, route_prefix="/")
     except (RuntimeError, ValueError, OSError) as error:
         applications = serve.status().applications
         deployments = applications[NAME].deployments.values() if NAME in applications else ()
         said = "\n".join([*(deployment.message for deployment in deployments), str(error)])
         raise unwrap(RuntimeError(said), "the endpoint") from error
+
+
+def _await_answer(url: str) -> None:
+    """Waits until the proxy knows the replicas, which it hears of a moment after they are there."""
+    # Nothing is sent but this question: whose certificate it is does not matter.
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/healthz", timeout=5, context=context):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise EnvironmentFaultError(f"the endpoint did not answer at {url} within {READY_WITHIN_S:g} s")

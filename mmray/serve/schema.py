@@ -7,7 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mmray.config import Section
+from mmray.config import Section, TextConfig
+
+RETRY_AFTER_S = 1
+"""Of an answer that says to try again."""
 
 
 class ImageInput(Section):
@@ -54,6 +57,13 @@ class Item(Section):
         given = {"text": self.text, "image": self.image}
         unread = [name for name, value in given.items() if value is not None and name not in modalities]
         return [f"the {name} is ignored: the model does not read it" for name in unread]
+
+    def cut(self, text: TextConfig) -> list[str]:
+        """Returns a warning where the model reads the beginning of the text only."""
+        size = 0 if self.text is None else len(self.text.encode("utf-8", "replace"))
+        if size <= text.max_bytes:
+            return []
+        return [f"the text is cut: the model reads {text.max_bytes:,} bytes of {size:,}"]
 
 
 class ScoreRequest(Item):
@@ -115,4 +125,5 @@ class Problem(BaseModel):
 
     code: str
     message: str
-    request_id: str
+    request_id: str = ""
+    """Empty where the request did not get as far as having one."""

