@@ -1,16 +1,29 @@
 """The files in deploy/ are what Ray and the project understand, to the letter: a typo fails here."""
 
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
 import yaml
+from models import colour_table, small_bundle, with_golden
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+from test_serve import ALONE, free_port, replicas
 
+from mmray.bundle import load_bundle, save_bundle
 from mmray.serve.app import NAME, ServeArgs, build_app
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+BIN = Path(sys.executable).parent
 
 
 def unknown(section: dict[str, Any], schema: type[BaseModel]) -> set[str]:
@@ -34,3 +47,88 @@ def test_the_serve_config_names_what_there_is() -> None:
     assert deployment["user_config"] == {"bundle": args.bundle}
     assert args.settings.request_timeout_s < config["http_options"]["request_timeout_s"]
     assert build_app(args) is not None
+
+
+class Head:
+    """A Ray cluster that runs on its own, as one on other machines would, and what is deployed on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, dashboard = folder, free_port()
+        self._env = {**ALONE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self._env["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+        self._env["RAY_USAGE_STATS_ENABLED"] = "0"
+        command = ["start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", "--node-ip-address=127.0.0.1"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+        self.process = subprocess.Popen(
+            [str(BIN / "ray"), *command], env=self._env, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        self.port = free_port()
+
+    def deploy(self, bundle: str) -> None:
+        """Deploys deploy/serve.yaml with another bundle in `user_config`, as its first lines say."""
+        config = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
+        config["http_options"] |= {"host": "127.0.0.1", "port": self.port}
+        (application,) = config["applications"]
+        application["args"]["bundle"] = "/no/such/bundle"  # the one in user_config counts
+        application["deployments"][0]["user_config"] = {"bundle": bundle}
+        file = self._folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(config))
+        subprocess.run([str(BIN / "serve"), "deploy", str(file)], env=self._env, check=True, capture_output=True)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # being polite takes Ray half a minute; its workers follow
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("head"))
+    yield head
+    head.stop()
+
+
+@pytest.mark.ray
+def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_request(head: Head, tmp_path: Path) -> None:
+    rows = colour_table(tmp_path / "rows", rows=24)
+    bundles = [str(tmp_path / str(seed)) for seed in range(2)]
+    for seed, bundle in enumerate(bundles):
+        save_bundle(with_golden(small_bundle(seed=seed), rows), bundle)
+    first, second = (load_bundle(bundle).fingerprint for bundle in bundles)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "bundle.json").write_text("{}")
+
+    async def answers(client: httpx.AsyncClient, until: str, least: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < least or found[-1] != until:
+            asked = (client.post("/v1/score", json={"text": "red"}) for _ in range(8))
+            found += [answer.raise_for_status().json()["fingerprint"] for answer in await asyncio.gather(*asked)]
+        return found
+
+    async def talk() -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{head.port}", timeout=60) as client:
+            await until_ready(client, head, bundles[0])
+            before = replicas()
+            change = asyncio.create_task(asyncio.to_thread(head.deploy, bundles[1]))
+            seen = await answers(client, second, 1000)
+            await change
+            assert set(seen) == {first, second}
+            await asyncio.to_thread(head.deploy, str(broken))
+            assert set(await answers(client, second, 400)) == {second}, "a bad bundle leaves the old one answering"
+            assert replicas() == before, "the replicas that ran"
+
+    asyncio.run(asyncio.wait_for(talk(), 180))
+
+
+async def until_ready(client: httpx.AsyncClient, head: Head, bundle: str) -> None:
+    deployed = False
+    while True:
+        assert head.process.poll() is None, "the cluster did not start"
+        try:
+            if not deployed:
+                await asyncio.to_thread(head.deploy, bundle)
+                deployed = True
+            if (await client.get("/readyz")).status_code == 200:
+                return
+        except (subprocess.CalledProcessError, httpx.TransportError):
+            await asyncio.sleep(0.5)
