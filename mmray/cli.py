@@ -63,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_score(commands)
+    _add_tick(commands)
+    _add_published(commands)
     _add_verify(commands)
     _add_errors(commands)
     _add_serve(commands)
@@ -157,11 +159,15 @@ def _add_score(commands: Any) -> None:
     score.add_argument("bundle", metavar="BUNDLE")
     score.add_argument("table", metavar="INPUT", help="parquet file, folder or glob")
     score.add_argument("output", metavar="OUTPUT", help="folder that is new or of the same run")
-    _add_placement(score)
-    score.add_argument("--probabilities", action="store_true", help="add the probability of every label")
-    score.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
-    score.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")
+    _add_score_options(score)
     score.set_defaults(run=_score)
+
+
+def _add_score_options(parser: Any) -> None:
+    _add_placement(parser)
+    parser.add_argument("--probabilities", action="store_true", help="add the probability of every label")
+    parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
+    parser.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")
 
 
 def _add_columns(parser: Any) -> None:
@@ -218,6 +224,59 @@ def _score(args: argparse.Namespace) -> None:
             on_slice=lambda ledger: progress.advance(ledger.rows),
         )
     print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
+
+
+def _add_tick(commands: Any) -> None:
+    tick = commands.add_parser(
+        "tick",
+        help="score what is new in a table, and publish the whole",
+        description="One tick of a schedule: score the files of TABLE that are new or changed since what is published "
+        "under ROOT, or all of them for a new model, and publish the whole under the next number. Safe to run twice, "
+        "late, or at the same time as another.",
+    )
+    tick.add_argument("bundle", metavar="BUNDLE")
+    tick.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
+    tick.add_argument("root", metavar="ROOT", help="folder or URI for runs and published lists")
+    tick.add_argument("--full", action="store_true", default=None, help="score every file again")
+    tick.add_argument(
+        "--retry-failed", action="store_true", default=None, help="score files again that have a row that is not ok"
+    )
+    tick.add_argument("--min-rows", type=int, metavar="N", help="publish no fewer rows (default: 1)")
+    tick.add_argument("--max-drift", type=float, metavar="PSI", help="publish no new scores that drift more")
+    tick.add_argument("--keep", type=int, metavar="N", help="published lists that stay (default: 7)")
+    tick.add_argument("--lease-s", type=float, metavar="S", help="a tick silent for so long is dead (default: 60)")
+    _add_score_options(tick)
+    tick.set_defaults(run=_tick)
+
+
+def _tick(args: argparse.Namespace) -> None:
+    from mmray.config import ScheduleConfig
+    from mmray.progress import row_progress
+    from mmray.schedule.tick import tick
+
+    with row_progress() as progress:
+        result = tick(
+            args.bundle,
+            args.table,
+            args.root,
+            _score_config(args),
+            _settings(ScheduleConfig, args, {}),
+            on_start=lambda plan, done: progress.start("scoring", plan.num_rows, done),
+            on_slice=lambda ledger: progress.advance(ledger.rows),
+        )
+    print("\n".join(result.lines()))
+
+
+def _add_published(commands: Any) -> None:
+    published = commands.add_parser("published", help="list the scored files that are published under a root")
+    published.add_argument("root", metavar="ROOT")
+    published.set_defaults(run=_published)
+
+
+def _published(args: argparse.Namespace) -> None:
+    from mmray.schedule.published import read_published
+
+    print("\n".join(read_published(args.root).files(args.root)))
 
 
 def _add_verify(commands: Any) -> None:

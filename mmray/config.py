@@ -388,6 +388,23 @@ class ScoreConfig(Section):
         return self.model_dump(include={"image_column", "text_column", "image_roots", "probabilities", "precision"})
 
 
+class ScheduleConfig(Section):
+    """What a tick of a schedule scores again, what has to hold before it publishes, and what it keeps."""
+
+    full: bool = False
+    """Score every file again, also those that did not change."""
+    retry_failed: bool = False
+    """Score the files again in which a row failed or lacks a modality."""
+    min_rows: int = Field(default=1, ge=1)
+    """Publish no fewer rows than this."""
+    max_drift: float | None = Field(default=None, gt=0)
+    """Publish no new scores whose population stability index against those published is larger; any by default."""
+    keep: int = Field(default=7, ge=1)
+    """Published lists that stay, and the runs they need; older ones are removed."""
+    lease_s: float = Field(default=60.0, gt=0)
+    """Seconds without a sign of life after which another tick takes over."""
+
+
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides (values in TOML syntax, or bare strings).
 

@@ -7,7 +7,8 @@ MmrayError                    exit 2
 ├── OutputConflictError       exit 3   the output folder belongs to a different run
 ├── VerifyError               exit 4   an output does not hold what its input promises
 ├── EnvironmentFaultError     exit 5   the machine, cluster or store failed; the same command resumes
-└── ErrorBudgetError          exit 6   more rows failed than `--max-error-rate` allows
+├── ErrorBudgetError          exit 6   more rows failed than `--max-error-rate` allows
+└── GateError                 exit 6   a scheduled run is not fit to be published
 """
 
 import difflib
@@ -52,6 +53,12 @@ class EnvironmentFaultError(MmrayError):
 
 class ErrorBudgetError(MmrayError):
     """More rows failed than the run allows; the data is kept, `_SUCCESS` is withheld."""
+
+    exit_code = 6
+
+
+class GateError(MmrayError):
+    """A scheduled run is not fit to be published; its data is kept, what is published stays."""
 
     exit_code = 6
 

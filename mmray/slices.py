@@ -6,7 +6,7 @@ function of the files' footers, so the same table is always cut in the same plac
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -74,7 +74,10 @@ class Table:
 
 
 def open_table(
-    uri: str, columns: Sequence[str] = (), check: Callable[[pa.Schema, str], None] = lambda schema, where: None
+    uri: str,
+    columns: Sequence[str] = (),
+    check: Callable[[pa.Schema, str], None] = lambda schema, where: None,
+    only: Collection[str] | None = None,
 ) -> Table:
     """Lists a table's files and reads every footer.
 
@@ -82,12 +85,15 @@ def open_table(
         uri: a parquet file, a folder of them, or a glob.
         columns: columns that every file must have.
         check: called with each file's schema and name, to raise where it will not do.
+        only: URIs of the files that count, as `list_files` gives them; all by default.
 
     Raises:
         TableError: no such table, no rows, unreadable files (all are named), a missing column or one that is there
             twice.
     """
     store, found = _find(uri)
+    if only is not None:
+        found = {key: entry for key, entry in found.items() if store.child(key) in only}
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(lambda item: _read_footer(store, *item), found.items()))
     broken = [footer for footer in footers if isinstance(footer, str)]
@@ -97,9 +103,19 @@ def open_table(
     for file, schema in good:
         require_columns(schema, columns, file.uri)
         check(schema, file.uri)
-    if not sum(file.num_rows for file, _ in good):
+    if only is None and not sum(file.num_rows for file, _ in good):
         raise TableError(f"the table {uri!r} has no rows; give one with at least one")
     return Table(uri, store.uri, tuple(file for file, _ in good), good[0][1])
+
+
+def list_files(uri: str) -> dict[str, Entry]:
+    """Returns a table's files by URI, in order, without opening any.
+
+    Raises:
+        TableError: no such table.
+    """
+    store, found = _find(uri)
+    return {store.child(key): entry for key, entry in found.items()}
 
 
 def cut(table: Table, slice_rows: int | None = None) -> list[Slice]:

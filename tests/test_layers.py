@@ -23,7 +23,7 @@ LAYERS = (
     {"predictor"},
     {"cluster"},
     {"train", "score", "serve"},
-    {"evaluate", "parity"},
+    {"evaluate", "parity", "schedule"},
     {"report", "progress"},
     {"summary"},
     {"demo"},

@@ -5,7 +5,7 @@ that are not there yet, in O(slices).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from mmray.config import ScoreConfig
@@ -52,6 +52,7 @@ def score_table(
     output: str,
     options: ScoreConfig | None = None,
     *,
+    only: Collection[str] | None = None,
     on_start: Callable[[Plan, int], None] = lambda plan, done: None,
     on_slice: Progress = lambda ledger: None,
 ) -> ScoreResult:
@@ -62,6 +63,7 @@ def score_table(
         table: parquet file, folder or glob.
         output: folder or URI for the scored rows.
         options: what may differ from run to run.
+        only: URIs of the table's files that count; all by default.
         on_start: called with the plan and the number of slices that are there already.
         on_slice: called with the ledger of each slice as it is committed.
 
@@ -73,7 +75,7 @@ def score_table(
     target = Output(output)
     if f"{target.store.uri}/".startswith(f"{open_store(table).uri}/"):
         raise ConfigError(f"the output {output!r} lies in the input {table!r} and would be scored next time; move it")
-    plan = make_plan(bundle, table, options)
+    plan = make_plan(bundle, table, options, only)
     target.claim(plan, describe(plan, bundle, table))
     success = target.success()
     if success is not None:

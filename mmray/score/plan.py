@@ -7,6 +7,7 @@ the same plan; anything that would change a number or a row gives another, and a
 import hashlib
 import io
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,8 @@ class Plan:
         return buffer.getvalue()
 
 
-def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig) -> Plan:
-    """Plans the scoring of a table.
+def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig, only: Collection[str] | None = None) -> Plan:
+    """Plans the scoring of a table, or of some of its files.
 
     Raises:
         BundleError, TableError: the bundle or the table cannot be used.
@@ -68,7 +69,7 @@ def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig) -> Plan:
         require_types(schema, columns, where)
         refuse_collisions(schema, fields, where)
 
-    table = open_table(table_uri, list(columns.values()), check)
+    table = open_table(table_uri, list(columns.values()), check, only)
     slices = tuple(cut(table, options.slice_rows))
     identity = {
         "fingerprint": info.fingerprint,

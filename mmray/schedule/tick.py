@@ -1,0 +1,166 @@
+"""One tick of a schedule: finds what is new, scores it once, and publishes the whole.
+
+Reads a bundle, a table and a root folder -> gives the next published list. Files whose size and version are those of
+the last list, scored by the same model with the same options, are carried over; the others are scored into a run
+folder of the next number. A tick that was killed is continued by the next one; one too many finds nothing to do.
+"""
+
+import datetime
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mmray.config import ScheduleConfig, ScoreConfig
+from mmray.errors import EnvironmentFaultError, GateError
+from mmray.schedule.lease import lease
+from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
+from mmray.score.commit import Output
+from mmray.score.job import Progress, score_table
+from mmray.score.ledger import Ledger
+from mmray.score.plan import Plan, make_plan
+from mmray.slices import list_files
+from mmray.store import Entry, open_store
+
+
+@dataclass(frozen=True)
+class TickResult:
+    """What a tick did."""
+
+    published: Published | None
+    """What is published now; None where nothing is yet."""
+    outcome: str
+    """`published`, `nothing new`, or `another tick is at work`."""
+    new_rows: int = 0
+    """Rows that this tick scored."""
+    removed_runs: int = 0
+    """Runs that nobody needs any more, and that are gone."""
+
+    def lines(self) -> list[str]:
+        """Returns what the tick did, for a terminal."""
+        if self.published is None:
+            return [self.outcome]
+        rows, number = self.published.ledger.rows, self.published.number
+        if self.outcome != "published":
+            return [f"{self.outcome}; number {number:,} with {rows:,} rows stays"]
+        carried = rows - self.new_rows
+        return [f"published number {number:,}: {rows:,} rows, {self.new_rows:,} scored now, {carried:,} carried over"]
+
+
+def tick(
+    bundle: str,
+    table: str,
+    root: str,
+    options: ScoreConfig,
+    rules: ScheduleConfig,
+    *,
+    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
+    on_slice: Progress = lambda ledger: None,
+) -> TickResult:
+    """Brings what is published under a root up to date with a table and a model.
+
+    Args:
+        bundle: folder or URI of the bundle.
+        table: parquet file, folder or glob.
+        root: folder or URI for runs and published lists.
+        options: how rows are scored; other options than last time score every row again.
+        rules: what has to hold before something is published, and what is kept.
+        on_start: called with the plan of what is new and the number of slices that are there already.
+        on_slice: called with the ledger of each slice as it is committed.
+
+    Raises:
+        GateError: the result is not fit to be published; what was published stays.
+        MmrayError: see `mmray.errors` for the others.
+    """
+    store = open_store(root)
+    with lease(store, rules.lease_s) as lost:
+        if lost is None:
+            return TickResult(latest(store), "another tick is at work")
+
+        def guarded(ledger: Ledger) -> None:
+            if lost.is_set():
+                raise EnvironmentFaultError("another tick took over, for this one seemed dead; leave it to that one")
+            on_slice(ledger)
+
+        before, files = latest(store), list_files(table)
+        identity = _identity(bundle, table, options, next(iter(files)))
+        same = _unchanged(before, identity, files, rules) if before else set[str]()
+        if before is not None and before.inputs.keys() == files.keys() == same:
+            return TickResult(before, "nothing new")
+        number = before.number + 1 if before else 1
+        new = files.keys() - same
+        scored = _score(bundle, table, root, number, options, new, on_start, guarded) if new else []
+        carried = [part for part in before.parts if part.input in same] if before else []
+        order = {uri: k for k, uri in enumerate(files)}
+        parts = sorted([*carried, *scored], key=lambda part: (order[part.input], part.first_row))
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        after = Published(number, identity, open_store(table).uri, now, files, tuple(parts))
+        _gates(before, after, scored, rules)
+        if not store.create(pointer(number), after.to_parquet()):
+            raise EnvironmentFaultError(f"another tick published number {number} first; run again")
+        return TickResult(after, "published", sum(part.rows for part in scored), keep_last(store, rules.keep))
+
+
+def _identity(bundle: str, table: str, options: ScoreConfig, file: str) -> dict[str, object]:
+    """Returns the model and the options that a row's score depends on, from a plan of one file."""
+    identity = make_plan(bundle, table, options, [file]).identity
+    return json.loads(json.dumps({key: identity[key] for key in ("fingerprint", "options", "schema_version")}))  # type: ignore[no-any-return]
+
+
+def _unchanged(
+    before: Published, identity: dict[str, object], files: dict[str, Entry], rules: ScheduleConfig
+) -> set[str]:
+    """Returns the input files whose published rows still stand for them."""
+    if before.identity != identity or rules.full:
+        return set()
+    same = {uri for uri, entry in files.items() if before.inputs.get(uri) == entry}
+    if rules.retry_failed:
+        same -= {part.input for part in before.parts if part.ledger.count("ok") < part.rows}
+    return same
+
+
+def _score(
+    bundle: str,
+    table: str,
+    root: str,
+    number: int,
+    options: ScoreConfig,
+    new: set[str],
+    on_start: Callable[[Plan, int], None],
+    on_slice: Progress,
+) -> list[Part]:
+    """Scores some files into the run folder of a number; one that was begun before is continued."""
+    plan = make_plan(bundle, table, options, new)
+    if not plan.slices:
+        return []
+    run = f"{RUNS}/{number:09d}-{plan.hash[:8]}"
+    score_table(bundle, table, open_store(root).child(run), options, only=new, on_start=on_start, on_slice=on_slice)
+    output = Output(open_store(root).child(run))
+    receipts = ((piece, output.receipt(plan.hash, piece)) for piece in plan.slices)
+    return [Part(p.uri, p.first_row, p.num_rows, f"{run}/{r.key}", r.size, r.ledger) for p, r in receipts]
+
+
+def _gates(before: Published | None, after: Published, scored: list[Part], rules: ScheduleConfig) -> None:
+    """Refuses what is not fit to be published."""
+    rows = after.ledger.rows
+    if rows < rules.min_rows:
+        raise GateError(f"{rows:,} rows are fewer than --min-rows {rules.min_rows:,}; nothing is published")
+    if before is None or rules.max_drift is None or not scored:
+        return
+    drift = stability_index(before.ledger.histogram, Ledger.total(part.ledger for part in scored).histogram)
+    if drift > rules.max_drift:
+        raise GateError(
+            f"the new scores drift from those published: {drift:.3f} > --max-drift {rules.max_drift:g}; look at them "
+            f"in {scored[0].run}, then give a larger --max-drift to publish them"
+        )
+
+
+def stability_index(expected: tuple[int, ...], found: tuple[int, ...]) -> float:
+    """Returns the population stability index of two histograms: 0 alike, above 0.25 commonly called another population.
+
+    Source: Siddiqi 2006, Credit Risk Scorecards; each bin counts one more, so that empty ones are no infinity.
+    """
+    smooth = [[count + 1 for count in histogram] for histogram in (expected, found)]
+    shares = [[count / sum(histogram) for count in histogram] for histogram in smooth]
+    expected_shares, found_shares = shares
+    return math.fsum((q - p) * math.log(q / p) for p, q in zip(expected_shares, found_shares, strict=True))
