@@ -100,8 +100,10 @@ def endpoint(bundle: Path) -> Iterator[int]:
         assert process.stdout is not None
         if "ready" not in process.stdout.readline():
             raise SystemExit("the endpoint did not start")
-        yield port
-        process.terminate()
+        try:
+            yield port
+        finally:
+            process.terminate()
 
 
 @contextmanager
@@ -109,12 +111,15 @@ def no_model() -> Iterator[int]:
     """Runs Ray Serve, as it is by default, with an application that reads the body and answers; yields its port."""
     port, context = free_port(), multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    process = context.Process(target=_serve_nothing, args=(port, ready, done))
+    process = context.Process(target=_serve_nothing, args=(port, ready, done), daemon=True)
     process.start()
-    ready.wait()
-    yield port
-    done.set()
-    process.join()
+    if not ready.wait(60):
+        raise SystemExit("Serve without a model did not start")
+    try:
+        yield port
+    finally:
+        done.set()
+        process.join()
 
 
 def _serve_nothing(port: int, ready: Any, done: Any) -> None:

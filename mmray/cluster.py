@@ -43,7 +43,7 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = given_address()
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -57,6 +57,11 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def given_address() -> str | None:
+    """Returns the address of the cluster to connect to, or None where a local one starts."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def local_cpus() -> int:
@@ -93,7 +98,7 @@ def map_slices(
 def _check_gpus(gpus_per_actor: float) -> None:
     """Refuses GPUs that a local cluster has not; one that is given may grow them."""
     there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    if gpus_per_actor > there and not os.environ.get("RAY_ADDRESS"):
+    if gpus_per_actor > there and not given_address():
         raise ConfigError(f"{gpus_per_actor:g} GPUs for each process were asked for, and this machine has {there:g}")
 
 

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import dataclasses
+import gc
 import json
 import random
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mmray.bundle import save_bundle
 from mmray.config import ScoreConfig
 from mmray.serve.api import build_api
 from mmray.serve.batcher import Batcher
+from mmray.serve.schema import Item
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
@@ -216,6 +219,18 @@ def test_pages_of_other_origins_may_ask_only_if_they_are_named(scorer: ItemScore
     assert ask(scorer, conversation, settings) == [(200, "https://shop.example"), (400, None)]
     closed = post(scorer, json={"text": "red"}, headers={"Origin": "https://shop.example"})
     assert "access-control-allow-origin" not in closed.headers
+
+
+def test_a_bundle_that_was_replaced_leaves_nothing_in_memory(bundle: str) -> None:
+    old = ItemScorer(bundle, SETTINGS)
+    asyncio.run(old.score([Item(text="red")]))
+    gone = weakref.ref(old._predictor)
+    gc.disable()  # Serve freezes it: what only it would find stays for ever
+    try:
+        del old
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_each_batch_is_told_to_who_counts(bundle: str) -> None:

@@ -63,6 +63,7 @@ def build_api(scorer: Callable[[], ItemScorer], settings: ServeConfig) -> FastAP
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["Retry-After"],
         )
     api.add_exception_handler(HTTPException, _refused)
 
@@ -142,6 +143,13 @@ async def read_request(request: Request) -> ScoreRequest:
 
 
 async def _read_form(request: Request) -> ScoreRequest:
+    try:
+        return await _form_fields(request)
+    except UnicodeError:  # of a charset that the client names
+        raise HTTPException(400, "the form's charset is not one that a form can have; send UTF-8") from None
+
+
+async def _form_fields(request: Request) -> ScoreRequest:
     fields: dict[str, Any] = {}
     async with request.form(max_files=1, max_fields=1, max_part_size=MAX_FORM_TEXT_BYTES) as form:
         for name, value in form.multi_items():

@@ -6,7 +6,6 @@ command line's, on the cluster that `RAY_ADDRESS` names or on one of its own, wi
 
 import asyncio
 import logging
-import os
 import signal
 import ssl
 import threading
@@ -16,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from urllib.request import HTTPSHandler, ProxyHandler
 
 import ray
 from fastapi import FastAPI
@@ -23,11 +23,11 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 
 from mmray.bundle import read_info
-from mmray.cluster import cluster, unwrap
+from mmray.cluster import cluster, given_address, unwrap
 from mmray.config import Section
-from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
+from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.serve.api import build_api
-from mmray.serve.haproxy import INSIDE, haproxy
+from mmray.serve.haproxy import INSIDE, haproxy, said
 from mmray.serve.meters import Meters
 from mmray.serve.schema import RETRY_AFTER_S
 from mmray.serve.scorer import ItemScorer
@@ -63,10 +63,10 @@ class Endpoint:
             return
         try:
             scorer = await asyncio.to_thread(ItemScorer, config["bundle"], self._settings, self._meters.batch)
-        except MmrayError as error:
+        except Exception as error:  # whatever it is: two models may not fit, say
             if self._scorer is None:
                 raise
-            logger.error("%s; %s keeps answering", error, self._scorer.bundle_uri)
+            logger.error("%s: %s; %s keeps answering", type(error).__name__, error, self._scorer.bundle_uri)
             return
         self._scorer = scorer
         self._meters.model(scorer.bundle.fingerprint)
@@ -85,13 +85,23 @@ class Endpoint:
 
 
 def build_app(args: ServeArgs) -> serve.Application:
-    """Returns the application that a Serve config file or `serve_forever` runs."""
-    settings = args.settings
+    """Returns the application that a Serve config file names.
+
+    Raises:
+        ConfigError: a setting is given that is not the application's own.
+    """
+    if wrong := args.settings.of_the_listener:
+        raise ConfigError(f"{', '.join(sorted(wrong))}: not here; http_options of the Serve config has host and port")
+    return application(args.bundle, args.settings)
+
+
+def application(bundle: str, settings: ServeConfig) -> serve.Application:
+    """Returns what runs on Serve, whoever started it."""
     deployment = serve.deployment(
         name=NAME,
         num_replicas=settings.num_replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.gpus_per_replica},
-        user_config={"bundle": args.bundle},
+        user_config={"bundle": bundle},
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
@@ -131,17 +141,19 @@ def endpoint(bundle: str, settings: ServeConfig) -> Iterator[str]:
         MmrayError: see `serve_forever`.
     """
     read_info(bundle)  # a mistake is answered before anything starts
-    given = ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    given = ray.is_initialized() or given_address() is not None
     if given and settings.tls_cert:
         raise ConfigError("a cluster that is running already answers without TLS; leave TLS to the gateway before it")
-    with nullcontext() if given else haproxy(settings), cluster(settings.num_replicas):
+    with nullcontext("") if given else haproxy(settings) as folder, cluster(settings.num_replicas):
         logger.setLevel(logging.ERROR)  # what Serve has to say of its start is no news to a user
         timeout_s = settings.request_timeout_s + GRACE_S  # ours comes first, and says why
         options = HTTPOptions(host=settings.host if given else INSIDE, port=settings.port, request_timeout_s=timeout_s)
         serve.start(http_options=options, logging_config={"log_level": "ERROR"})
+        if NAME in serve.status().applications:
+            raise ConfigError(f"an application {NAME!r} is on this cluster already; a Serve config file changes it")
         try:
             _deploy(bundle, settings)
-            _await_answer(settings.url)
+            _await_answer(settings.url, folder)
             yield settings.url
         finally:
             serve.delete(NAME)  # and not all of Serve: on a cluster that was given, others may answer too
@@ -149,23 +161,26 @@ def endpoint(bundle: str, settings: ServeConfig) -> Iterator[str]:
 
 def _deploy(bundle: str, settings: ServeConfig) -> None:
     try:
-        serve.run(build_app(ServeArgs(bundle=bundle, settings=settings)), name=NAME, route_prefix="/")
+        serve.run(application(bundle, settings), name=NAME, route_prefix="/")
     except (RuntimeError, ValueError, OSError) as error:
         applications = serve.status().applications
         deployments = applications[NAME].deployments.values() if NAME in applications else ()
-        said = "\n".join([*(deployment.message for deployment in deployments), str(error)])
-        raise unwrap(RuntimeError(said), "the endpoint") from error
+        reasons = "\n".join([*(deployment.message for deployment in deployments), str(error)])
+        raise unwrap(RuntimeError(reasons), "the endpoint") from error
 
 
-def _await_answer(url: str) -> None:
+def _await_answer(url: str, haproxy_folder: str) -> None:
     """Waits until the proxy knows the replicas, which it hears of a moment after they are there."""
     # Nothing is sent but this question: whose certificate it is does not matter.
-    context = ssl._create_unverified_context() if url.startswith("https") else None
+    context = ssl._create_unverified_context()
+    # Nor is it a question for a proxy that the environment names.
+    opener = urllib.request.build_opener(ProxyHandler({}), HTTPSHandler(context=context))
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/healthz", timeout=5, context=context):
+            with opener.open(f"{url}/healthz", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise EnvironmentFaultError(f"the endpoint did not answer at {url} within {READY_WITHIN_S:g} s")
+    cause = said(haproxy_folder) if haproxy_folder else "Serve may run there already, with another host and port"
+    raise EnvironmentFaultError(f"the endpoint did not answer at {url} within {READY_WITHIN_S:g} s: {cause}")

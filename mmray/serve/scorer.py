@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from mmray.bundle import Bundle, load_bundle
 from mmray.predictor import Predictor
@@ -35,10 +36,13 @@ class ItemScorer:
         """
         bundle = load_bundle(bundle_uri)
         source = ImageSource(settings.image_roots, bundle.config.image.max_bytes)
-        self.bundle_uri, self._on_batch = bundle_uri, on_batch
+        self.bundle_uri = bundle_uri
         self._predictor = Predictor.on_this_worker(bundle, source, settings.score_config())
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._batcher: Batcher[Features, Result] = Batcher(self._run, settings.batch_size)
+        # Without a reference back to this object: as the last request of a replaced bundle ends, its memory is free.
+        # Serve freezes the garbage collector, which would never find a cycle.
+        run = partial(_predict, self._predictor, on_batch)
+        self._batcher: Batcher[Features, Result] = Batcher(run, settings.batch_size)
 
     @property
     def bundle(self) -> Bundle:
@@ -67,10 +71,12 @@ class ItemScorer:
     def _cut(self, item: Item) -> list[str]:
         return item.cut(self.bundle.config.text) if "text" in self._predictor.modalities else []
 
-    def _run(self, features: Sequence[Features]) -> list[Result]:
-        started = time.perf_counter()
-        prediction = self._predictor.predict_features(Features.concatenate(features))
-        rows = self._predictor.scores(prediction).to_pylist()
-        results = [Result.of(row, self.bundle.labels) for row in rows]
-        self._on_batch(results, time.perf_counter() - started)
-        return results
+
+def _predict(
+    predictor: Predictor, on_batch: Callable[[Sequence[Result], float], None], features: Sequence[Features]
+) -> list[Result]:
+    started = time.perf_counter()
+    prediction = predictor.predict_features(Features.concatenate(features))
+    results = [Result.of(row, predictor.bundle.labels) for row in predictor.scores(prediction).to_pylist()]
+    on_batch(results, time.perf_counter() - started)
+    return results

@@ -1,6 +1,6 @@
 """How an endpoint runs and what it refuses."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -18,7 +18,7 @@ class ServeConfig(Section):
     """File with the certificate and what leads from it to a root, in PEM; answers over HTTPS only."""
     tls_key: str | None = None
     """File with the certificate's private key, in PEM, without a passphrase."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+$")], ...] = ()
     """Origins whose pages may call the endpoint from a browser; none by default."""
     num_replicas: int = Field(default=1, ge=1)
     """Processes that hold the model."""
@@ -47,13 +47,18 @@ class ServeConfig(Section):
     max_ongoing: int = Field(default=32, ge=1)
     """Requests that a replica works on at once."""
     max_queued: int = Field(default=32, ge=1)
-    """Requests that wait for a replica; more are answered with 503 at once."""
+    """Requests that wait, for each replica; more are answered with 503 at once."""
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> "ServeConfig":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("a certificate needs its key, and a key its certificate: give both or neither")
         return self
+
+    @property
+    def of_the_listener(self) -> set[str]:
+        """The settings given here that are not the application's own: in a Serve config file, Serve's are elsewhere."""
+        return self.model_fields_set & {"host", "port", "tls_cert", "tls_key", "header_timeout_s"}
 
     @property
     def address(self) -> str:
