@@ -207,9 +207,7 @@ def listening() -> dict[tuple[str, int], str]:
     return found
 
 
-def test_a_new_bundle_answers_without_a_failed_request_and_a_bad_one_leaves_the_old(
-    url: str, bundles: list[str], tmp_path: Path
-) -> None:
+def test_a_new_version_takes_over_without_a_failed_request(url: str, bundles: list[str]) -> None:
     prints = [load_bundle(bundle).fingerprint for bundle in bundles]
     seen: list[str] = []
 
@@ -224,14 +222,6 @@ def test_a_new_bundle_answers_without_a_failed_request_and_a_bad_one_leaves_the_
     asyncio.run(talk())
     assert set(seen) == set(prints)
     assert seen[-1] == prints[1]
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "bundle.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="failed"):
-        deploy(str(broken))
-    assert httpx.get(f"{url}/v1/model").json()["fingerprint"] == prints[1]
-    deploy(bundles[0])
-    assert httpx.get(f"{url}/readyz").json()["fingerprint"] == prints[0]
 
 
 def test_a_replica_killed_under_load_is_replaced_and_nobody_gets_worse_than_a_503(url: str) -> None:
