@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from mmray.errors import ConfigError, EnvironmentFaultError
 
@@ -313,7 +313,9 @@ def split_uri(uri: str) -> tuple[str, str]:
 def _remote(uri: str) -> Any:
     from obstore.store import from_url
 
+    scheme, _, rest = uri.partition("://")
+    bucket, _, prefix = rest.partition("/")
     try:
-        return from_url(uri)
+        return from_url(f"{scheme}://{bucket}/{quote(prefix)}")  # `#`, `?` and `%` are signs of a key like any other
     except Exception as error:  # obstore raises several unrelated classes for a malformed URL or missing settings
         raise ConfigError(f"cannot open {uri}: {str(error).splitlines()[0]}") from error

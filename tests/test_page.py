@@ -1,4 +1,4 @@
-"""The endpoint's page in a real browser: one item, a table, a token, a phone, a keyboard."""
+"""The endpoint's page in a real browser, on a running Serve: one item, a table, a token, a phone, a keyboard."""
 
 import csv
 import json
@@ -19,13 +19,15 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_endpoint import encoded
+from test_serve import free_port
 
 from mmray.bundle import save_bundle
 from mmray.serve.api import build_api
+from mmray.serve.app import endpoint
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +36,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> ItemScorer:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return ItemScorer(str(folder), ServeConfig())
+def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("bundles") / "bundle")
+    save_bundle(with_golden(small_bundle(), rows), folder)
+    return folder
 
 
 def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:
@@ -52,13 +54,16 @@ def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def site(scorer: ItemScorer) -> Iterator[str]:
-    yield from running(scorer, ServeConfig(max_items=8))
+def site(bundle: str) -> Iterator[str]:
+    with endpoint(bundle, ServeConfig(max_items=8, port=free_port())) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
-def closed_site(scorer: ItemScorer) -> Iterator[str]:
-    yield from running(scorer, ServeConfig(token=SecretStr("hush")))
+def closed_site(bundle: str) -> Iterator[str]:
+    """The same with a token: the app alone, for one Serve at a time is enough."""
+    settings = ServeConfig(token=SecretStr("hush"))
+    yield from running(ItemScorer(bundle, settings), settings)
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,14 @@ def test_a_holder_that_was_taken_for_dead_hears_of_it(tmp_path: Path) -> None:
         assert mine is not None, "the other is silent too"
 
 
+def test_who_is_done_leaves_the_next_holder_alone(tmp_path: Path) -> None:
+    store, theirs = open_store(str(tmp_path)), "lease/000000002/000000000"
+    with lease(store, 60) as held:
+        assert held is not None
+        store.create(theirs, b"")  # as the next holder does that saw the release a moment before its traces went
+    assert list(store.list("lease")) == ["lease/000000001/released", theirs]
+
+
 def test_of_many_that_want_the_lease_at_once_one_gets_it(tmp_path: Path) -> None:
     store, got, over = open_store(str(tmp_path)), list[bool](), threading.Event()
 

@@ -116,3 +116,15 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(tmp_path: Path, mon
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(EnvironmentFaultError, match=r"cannot list .*closed: Permission denied"):
         open_store(str(tmp_path)).list()
+
+
+@pytest.mark.parametrize("folder", ["plain", "od#d", "pe%20r%c", "qu?e", "gr üß/x=1"])
+def test_keys_in_a_bucket_may_have_any_sign(s3: str, folder: str) -> None:
+    keys = ["100%.txt", "a b.txt", "a#b.txt", "a%20b.txt", "a+b.txt", "a?b.txt", "x=1/y&z.txt", "ü.txt"]
+    store = open_store(f"{s3}/{folder}")
+    for key in keys:
+        assert store.create(key, key.encode())
+        parent, name = open_parent(store.child(key))
+        assert parent.read(name) == key.encode()
+    assert sorted(store.list()) == sorted(keys)
+    assert sorted(open_store(s3).list(folder)) == sorted(f"{folder}/{key}" for key in keys)

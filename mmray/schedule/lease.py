@@ -83,9 +83,9 @@ def _beat(store: Store, epoch: int, lease_s: float, lost: threading.Event, ended
 
 
 def _forget(store: Store, epoch: int) -> None:
-    """Removes what is older than the release, which says the epoch to the next holder."""
+    """Removes what is older than the release, which says the epoch to the next holder; that may be at work already."""
     for key in store.list(FOLDER):
-        if key != _key(epoch, RELEASED):
+        if key < _key(epoch, RELEASED):
             store.delete(key)
 
 
