@@ -2,10 +2,11 @@
 
     python jobs/benchmark.py score [--rows 4000] [--photos DIR]   scoring beside a bare loop over the same predictor
     python jobs/benchmark.py demo                                 `mmray demo`, stage by stage
+    python jobs/benchmark.py tick [--rows 4000] [--photos DIR]    a tenth of new rows beside all of them
     python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
-`score` and `serve` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings,
-enlarged), texts of 8 to 60 words, and an untrained mobilenet_v3_small + lstm. Same seed, same table.
+All but `demo` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings), texts
+of 8 to 60 words, and an untrained mobilenet_v3_small + lstm. Same seed, same table.
 """
 
 import argparse
@@ -32,12 +33,13 @@ from benchmark_serve import ROWS, measure_serving
 SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
 NUM_FILES = 8
 CHILDREN_EVERY_S = 0.1
+MIN_ROWS = 16  # of a tick that does next to nothing
 
 
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["score", "demo", "serve"])
+    parser.add_argument("what", choices=["score", "demo", "tick", "serve"])
     parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
@@ -52,6 +54,8 @@ def main() -> None:
             figures = measure_demo(folder)
         elif args.what == "score":
             figures = measure_scoring(args, folder)
+        elif args.what == "tick":
+            figures = measure_ticks(args, folder)
         else:
             table = make_table(folder / "table", ROWS, args.photos)
             figures = measure_serving(make_bundle(folder), table, args.seconds, args.soak)
@@ -93,6 +97,31 @@ def measure_scoring(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     figures["again_s"] = again["seconds"]
     figures["peak_rss_mb"] = runs[-1]["peak_rss_mb"]
     return figures
+
+
+def measure_ticks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Returns seconds of `mmray tick` for a whole table, for a tenth of new rows, and for nothing new.
+
+    `start_s` is the part that does not depend on rows: imports, Ray, actors; it is that of a tick over one slice.
+    """
+    table, bundle = make_table(folder / "table", args.rows, args.photos), make_bundle(folder)
+    everything = pa.concat_tables(pq.read_table(file) for file in sorted(table.glob("*.parquet")))
+    for file in table.glob("*.parquet"):
+        file.unlink()
+
+    def tick(rows: int, skip: int, root: str) -> float:
+        pq.write_table(everything.slice(skip, rows), table / f"part-{skip:09d}.parquet", row_group_size=rows)
+        command = ("tick", bundle, table, folder / root, "--actors", args.processes)
+        return float(run_mmray(*command)["seconds"])
+
+    start_s = tick(MIN_ROWS, 0, "start")
+    (table / f"part-{0:09d}.parquet").unlink()
+    tenth = args.rows // 10
+    whole_s, new_s = tick(args.rows - tenth, 0, "root"), tick(tenth, args.rows - tenth, "root")
+    again_s = float(run_mmray("tick", bundle, table, folder / "root")["seconds"])
+    share = (new_s - start_s) / (whole_s - start_s)
+    seconds = {"start_s": start_s, "whole_s": whole_s, "tenth_s": new_s, "nothing_new_s": again_s}
+    return {"rows": args.rows, **seconds, "share_without_start": round(share, 3)}
 
 
 def spread(values: list[float]) -> dict[str, float]:
