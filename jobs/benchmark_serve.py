@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import random
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import uvloop  # of ray[serve]; a client costs half as much with it, on the CPUs that it shares with the server
+
+from mmray.serve.haproxy import free_port
 
 ROWS = 512  # of the table; an eighth of it is asked for
 ITEMS = 16  # of a large request
@@ -144,13 +145,6 @@ def _serve_nothing(port: int, ready: Any, done: Any) -> None:
         ready.set()
         done.wait()
         serve.delete("default")
-
-
-def free_port() -> int:
-    """Returns a port of loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def body(table: Path, rows: list[dict[str, Any]]) -> Body:

@@ -6,7 +6,6 @@ label, status or reason.
 
 import base64
 import json
-import socket
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from mmray.config import ScoreConfig
 from mmray.predictor import TOLERANCE, Predictor, column_of
 from mmray.score.job import score_table
 from mmray.serve.app import endpoint
+from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
 from mmray.slices import Table, cut, open_table, read_slice
 from mmray.source import ImageSource, bytes_or_path
@@ -95,14 +95,11 @@ def _predicted(bundle: str, rows: pa.Table, options: ScoreConfig) -> Rows:
 
 
 def _asked(bundle: str, rows: pa.Table, columns: dict[str, str], roots: Sequence[str]) -> Rows:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     found = {name: cells(rows[column]) for name, column in columns.items()}
     items = [_item({name: column[k] for name, column in found.items()}) for k in range(rows.num_rows)]
     answers: Rows = []
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is no matter for a proxy
-    with endpoint(bundle, ServeConfig(port=port, image_roots=tuple(roots))) as url:
+    with endpoint(bundle, ServeConfig(port=free_port(), image_roots=tuple(roots))) as url:
         for start in range(0, len(items), ITEMS):
             body = json.dumps({"items": items[start : start + ITEMS]}).encode()
             request = urllib.request.Request(f"{url}/v1/score", body, {"Content-Type": "application/json"})

@@ -19,11 +19,12 @@ from models import colour_table, small_bundle, with_golden
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
-from test_serve import ALONE, free_port, replicas
+from test_serve import ALONE, replicas
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import ConfigError
 from mmray.serve.app import NAME, ServeArgs, build_app
+from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -19,11 +19,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_endpoint import encoded
-from test_serve import free_port
 
 from mmray.bundle import save_bundle
 from mmray.serve.api import build_api
 from mmray.serve.app import endpoint
+from mmray.serve.haproxy import free_port
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 

@@ -35,6 +35,7 @@ from test_endpoint import encoded, spoiled
 from mmray.bundle import load_bundle, save_bundle
 from mmray.config import ScoreConfig
 from mmray.serve.app import NAME, application, endpoint
+from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray
@@ -60,12 +61,6 @@ def bundles(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def url(bundles: list[str]) -> Iterator[str]:
     with endpoint(bundles[0], SETTINGS.model_copy(update={"port": free_port()})) as url:
         yield url
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def deploy(bundle: str) -> None:

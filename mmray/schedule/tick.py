@@ -6,7 +6,6 @@ folder of the next number. A tick that was killed is continued by the next one; 
 """
 
 import datetime
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from mmray.errors import EnvironmentFaultError, GateError
 from mmray.schedule.lease import lease
 from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
 from mmray.score.commit import Output
-from mmray.score.job import Progress, score_table
+from mmray.score.job import Progress, score_plan
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, make_plan
 from mmray.slices import list_files
@@ -104,7 +103,7 @@ def tick(
 def _identity(bundle: str, table: str, options: ScoreConfig, file: str) -> dict[str, object]:
     """Returns the model and the options that a row's score depends on, from a plan of one file."""
     identity = make_plan(bundle, table, options, [file]).identity
-    return json.loads(json.dumps({key: identity[key] for key in ("fingerprint", "options", "schema_version")}))  # type: ignore[no-any-return]
+    return {key: identity[key] for key in ("fingerprint", "options", "schema_version")}
 
 
 def _unchanged(
@@ -134,8 +133,8 @@ def _score(
     if not plan.slices:
         return []
     run = f"{RUNS}/{number:09d}-{plan.hash[:8]}"
-    score_table(bundle, table, open_store(root).child(run), options, only=new, on_start=on_start, on_slice=on_slice)
     output = Output(open_store(root).child(run))
+    score_plan(plan, bundle, table, output.uri, options, on_start=on_start, on_slice=on_slice)
     receipts = ((piece, output.receipt(plan.hash, piece)) for piece in plan.slices)
     return [Part(p.uri, p.first_row, p.num_rows, f"{run}/{r.key}", r.size, r.ledger) for p, r in receipts]
 
@@ -160,7 +159,9 @@ def stability_index(expected: tuple[int, ...], found: tuple[int, ...]) -> float:
 
     Source: Siddiqi 2006, Credit Risk Scorecards; each bin counts one more, so that empty ones are no infinity.
     """
-    smooth = [[count + 1 for count in histogram] for histogram in (expected, found)]
-    shares = [[count / sum(histogram) for count in histogram] for histogram in smooth]
-    expected_shares, found_shares = shares
-    return math.fsum((q - p) * math.log(q / p) for p, q in zip(expected_shares, found_shares, strict=True))
+    return math.fsum((q - p) * math.log(q / p) for p, q in zip(_shares(expected), _shares(found), strict=True))
+
+
+def _shares(histogram: tuple[int, ...]) -> list[float]:
+    total = sum(histogram) + len(histogram)
+    return [(count + 1) / total for count in histogram]

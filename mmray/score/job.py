@@ -5,7 +5,7 @@ that are not there yet, in O(slices).
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mmray.config import ScoreConfig
@@ -52,7 +52,6 @@ def score_table(
     output: str,
     options: ScoreConfig | None = None,
     *,
-    only: Collection[str] | None = None,
     on_start: Callable[[Plan, int], None] = lambda plan, done: None,
     on_slice: Progress = lambda ledger: None,
 ) -> ScoreResult:
@@ -63,19 +62,32 @@ def score_table(
         table: parquet file, folder or glob.
         output: folder or URI for the scored rows.
         options: what may differ from run to run.
-        only: URIs of the table's files that count; all by default.
         on_start: called with the plan and the number of slices that are there already.
         on_slice: called with the ledger of each slice as it is committed.
 
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
     """
-    started = time.perf_counter()
     options = options or ScoreConfig()
-    target = Output(output)
-    if f"{target.store.uri}/".startswith(f"{open_store(table).uri}/"):
+    if f"{open_store(output).uri}/".startswith(f"{open_store(table).uri}/"):
         raise ConfigError(f"the output {output!r} lies in the input {table!r} and would be scored next time; move it")
-    plan = make_plan(bundle, table, options, only)
+    plan = make_plan(bundle, table, options)
+    return score_plan(plan, bundle, table, output, options, on_start=on_start, on_slice=on_slice)
+
+
+def score_plan(
+    plan: Plan,
+    bundle: str,
+    table: str,
+    output: str,
+    options: ScoreConfig,
+    *,
+    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
+    on_slice: Progress = lambda ledger: None,
+) -> ScoreResult:
+    """Scores what a plan of these says; see `score_table`."""
+    started = time.perf_counter()
+    target = Output(output)
     target.claim(plan, describe(plan, bundle, table))
     success = target.success()
     if success is not None:

@@ -51,7 +51,10 @@ def haproxy(settings: ServeConfig) -> Iterator[str]:
             yield name
         finally:
             for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
 
 
 def _check_address(settings: ServeConfig) -> None:
@@ -75,7 +78,7 @@ def _variables(folder: Path, settings: ServeConfig) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         # Of silence on a connection, the handshake of TLS included; a request that is being scored is silent too.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(max(math.ceil(settings.request_timeout_s), MIN_SILENCE_S)),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(min(4, len(os.sched_getaffinity(0)) // 2), 1)),
@@ -84,7 +87,8 @@ def _variables(folder: Path, settings: ServeConfig) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of loopback that nobody listens on."""
     with socket.socket() as free:
         free.bind((INSIDE, 0))
         return int(free.getsockname()[1])
