@@ -168,7 +168,7 @@ def make_bundle(folder: Path) -> Path:
     import torch
 
     from mmray.bundle import Bundle, save_bundle
-    from mmray.config import parse_config
+    from mmray.config_file import parse_config
     from mmray.model import FusionModel
     from mmray.preprocess.text import Vocabulary
     from mmray.slices import open_table

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -49,6 +50,13 @@ class RowProgress:
             self._console.print(
                 f"{self._what}: {self._done:,} of {self._total:,} rows, {rate:,.0f} rows/s, {left:,.0f} s left {note}"
             )
+
+    def of_scoring(self) -> dict[str, Any]:
+        """Returns the callbacks of `score_table` that show it."""
+        return {
+            "on_start": lambda plan, done: self.start("scoring", plan.num_rows, done),
+            "on_slice": lambda ledger: self.advance(ledger.rows),
+        }
 
     def stop(self) -> None:
         """Takes the bar away."""

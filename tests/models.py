@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mmray.bundle import Bundle
-from mmray.config import Config, ScoreConfig, parse_config
+from mmray.config import Config, ScoreConfig
+from mmray.config_file import parse_config
 from mmray.model import FusionModel
 from mmray.preprocess.text import Vocabulary
 from mmray.score.commit import Output

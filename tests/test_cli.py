@@ -9,7 +9,7 @@ import pytest
 from models import colour_table, score_in_process, small_bundle, with_golden
 
 from mmray.bundle import save_bundle
-from mmray.cli import main
+from mmray.cli import build_parser, main
 from mmray.config import ScoreConfig
 
 
@@ -23,6 +23,9 @@ def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     save_bundle(with_golden(small_bundle(), rows), str(folder))
     return str(folder)
+
+
+COMMANDS = next(action for action in build_parser()._actions if isinstance(action.choices, dict)).choices
 
 
 def fails(capsys: pytest.CaptureFixture[str], argv: list[str], code: int = 2) -> str:
@@ -39,7 +42,7 @@ def write_config(folder: Path, text: str) -> str:
     return str(folder / "run.toml")
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "score", "verify", "errors", "serve", "parity"])
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_the_help_of_each_command_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmray.config import BagEncoderConfig, Config, WeightedSumConfig, load_config, parse_config
+from mmray.config import BagEncoderConfig, Config, WeightedSumConfig
+from mmray.config_file import load_config, parse_config
 from mmray.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.toml"))

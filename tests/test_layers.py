@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 LAYERS = (
     {"errors"},
     {"config"},
-    {"table", "store"},
+    {"config_file", "table", "store"},
     {"slices", "labels", "source"},
     {"preprocess"},
     {"model"},
@@ -27,6 +27,7 @@ LAYERS = (
     {"report", "progress"},
     {"summary"},
     {"demo"},
+    {"commands"},
     {"cli"},
 )
 RAY = {
@@ -38,7 +39,19 @@ RAY = {
     "mmray/serve/app.py",
     "mmray/serve/meters.py",
 }
-NO_TORCH = {"errors", "config", "table", "store", "slices", "labels", "source", "preprocess", "report", "progress"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "config_file",
+    "table",
+    "store",
+    "slices",
+    "labels",
+    "source",
+    "preprocess",
+    "report",
+    "progress",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from mmray.cluster import cluster
-from mmray.config import Config, load_config
+from mmray.config import Config
+from mmray.config_file import load_config
 from mmray.errors import ConfigError
 from mmray.evaluate import Evaluation, evaluate_bundle
 from mmray.report import Headline, Report, write_report

@@ -1,0 +1,1 @@
+"""The commands: each turns its flags into settings, calls one function of the library, and prints what it did."""

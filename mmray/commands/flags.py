@@ -1,0 +1,61 @@
+"""Flags that several commands share, and flags as settings."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from mmray.config import ScoreConfig, Section
+from mmray.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+
+
+def add_columns(parser: Any) -> None:
+    """Adds where images and texts are."""
+    parser.add_argument("--image-root", action="append", metavar="DIR", help="where images may lie; repeatable")
+    parser.add_argument("--image-column", metavar="C", help="default: the one trained on")
+    parser.add_argument("--text-column", metavar="C", help="default: the one trained on")
+
+
+def add_placement(parser: Any) -> None:
+    """Adds which columns are scored, by how many processes, and how."""
+    add_columns(parser)
+    parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per CPU, or per GPU)")
+    parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32)")
+    parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
+
+
+def add_score_options(parser: Any) -> None:
+    """Adds all that `ScoreConfig` has."""
+    add_placement(parser)
+    parser.add_argument("--probabilities", action="store_true", help="add the probability of every label")
+    parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
+    parser.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")
+
+
+def score_config(args: argparse.Namespace) -> ScoreConfig:
+    """Returns how a table is scored, of the flags of `add_score_options`."""
+    return settings(ScoreConfig, args, {"image_root": "image_roots", "actors": "num_actors", "gpus": "gpus_per_actor"})
+
+
+def settings(kind: type[S], args: argparse.Namespace, fields: Mapping[str, str], **more: Any) -> S:
+    """Returns the settings that a command's flags give; a wrong one is named as it was typed.
+
+    Args:
+        fields: flag -> field, where the two have different names.
+        more: settings that no flag gives.
+    """
+    from pydantic import ValidationError
+
+    given = {fields.get(key, key): value for key, value in vars(args).items() if value is not None}
+    try:
+        return kind(**{key: value for key, value in given.items() if key in kind.model_fields}, **more)
+    except ValidationError as error:
+        item = error.errors()[0]
+        if not item["loc"]:
+            raise ConfigError(item["msg"].removeprefix("Value error, ")) from None
+        name = str(item["loc"][0])
+        flag = {field: flag for flag, field in fields.items()}.get(name, name).replace("_", "-")
+        raise ConfigError(f"--{flag}: {item['msg']}, got {item['input']!r}") from None

@@ -1,0 +1,64 @@
+"""`mmray tick` and `published`: scoring on a schedule."""
+
+import argparse
+from typing import Any
+
+from mmray.commands.flags import add_score_options, score_config, settings
+
+
+def register(commands: Any) -> None:
+    """Adds these commands to the parser."""
+    _add_tick(commands)
+    _add_published(commands)
+
+
+def _add_tick(commands: Any) -> None:
+    tick = commands.add_parser(
+        "tick",
+        help="score what is new in a table, and publish the whole",
+        description="One tick of a schedule: score the files of TABLE that are new or changed since what is published "
+        "under ROOT, or all of them for a new model, and publish the whole under the next number. Safe to run twice, "
+        "late, or at the same time as another.",
+    )
+    tick.add_argument("bundle", metavar="BUNDLE")
+    tick.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
+    tick.add_argument("root", metavar="ROOT", help="folder or URI for runs and published lists")
+    tick.add_argument("--full", action="store_true", default=None, help="score every file again")
+    tick.add_argument(
+        "--retry-failed", action="store_true", default=None, help="score files again that have a row that is not ok"
+    )
+    tick.add_argument("--min-rows", type=int, metavar="N", help="publish no fewer rows (default: 1)")
+    tick.add_argument("--max-drift", type=float, metavar="PSI", help="publish no new scores that drift more")
+    tick.add_argument("--keep", type=int, metavar="N", help="published lists that stay (default: 7)")
+    tick.add_argument("--lease-s", type=float, metavar="S", help="a tick silent for so long is dead (default: 60)")
+    add_score_options(tick)
+    tick.set_defaults(run=_tick)
+
+
+def _tick(args: argparse.Namespace) -> None:
+    from mmray.config import ScheduleConfig
+    from mmray.progress import row_progress
+    from mmray.schedule.tick import tick
+
+    with row_progress() as progress:
+        result = tick(
+            args.bundle,
+            args.table,
+            args.root,
+            score_config(args),
+            settings(ScheduleConfig, args, {}),
+            **progress.of_scoring(),
+        )
+    print("\n".join(result.lines()))
+
+
+def _add_published(commands: Any) -> None:
+    published = commands.add_parser("published", help="list the scored files that are published under a root")
+    published.add_argument("root", metavar="ROOT")
+    published.set_defaults(run=_published)
+
+
+def _published(args: argparse.Namespace) -> None:
+    from mmray.schedule.published import read_published
+
+    print("\n".join(read_published(args.root).files(args.root)))

@@ -1,0 +1,126 @@
+"""`mmray score`, `verify`, `errors` and `parity`: a scored table, and whether it is right."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from typing import Any
+
+from mmray.commands.flags import add_columns, add_score_options, score_config
+
+
+def register(commands: Any) -> None:
+    """Adds these commands to the parser."""
+    _add_score(commands)
+    _add_verify(commands)
+    _add_errors(commands)
+    _add_parity(commands)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score every row of a table, once",
+        description="Score a table into OUTPUT/data/*.parquet; OUTPUT/_SUCCESS says that every row is there. "
+        "The same command resumes a run that was interrupted, and is quick where there is nothing left to do.",
+    )
+    score.add_argument("bundle", metavar="BUNDLE")
+    score.add_argument("table", metavar="INPUT", help="parquet file, folder or glob")
+    score.add_argument("output", metavar="OUTPUT", help="folder that is new or of the same run")
+    add_score_options(score)
+    score.set_defaults(run=_score)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from mmray.progress import row_progress
+    from mmray.score.job import score_table
+
+    with row_progress() as progress:
+        result = score_table(
+            args.bundle,
+            args.table,
+            args.output,
+            score_config(args),
+            **progress.of_scoring(),
+        )
+    print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="prove that an output holds every row of its input",
+        description="0: files and manifest agree. 1: every footer too. 2: every input row stands there, in order.",
+    )
+    verify.add_argument("output", metavar="OUTPUT")
+    verify.add_argument("--level", type=int, choices=[0, 1, 2], default=1, help="default: %(default)s")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from mmray.errors import VerifyError
+    from mmray.score.verify import verify_output
+
+    report = verify_output(args.output, args.level)
+    if args.json:
+        print(json.dumps({**asdict(report), "passed": report.passed}, indent=1))
+    elif report.passed:
+        print(f"{report.rows:,} rows in {report.slices:,} slices: verified at level {report.level}")
+    if not report.passed:
+        raise VerifyError(f"{args.output} does not hold:\n  " + "\n  ".join(report.mismatches))
+
+
+def _add_errors(commands: Any) -> None:
+    errors = commands.add_parser("errors", help="list the rows of an output that are not ok, by reason")
+    errors.add_argument("output", metavar="OUTPUT")
+    errors.add_argument("--reason", help="only this reason")
+    errors.add_argument("--column", action="append", default=[], help="also show this column; repeatable")
+    errors.add_argument("--limit", type=int, default=20, metavar="N", help="rows shown (default: %(default)s)")
+    errors.set_defaults(run=_errors)
+
+
+def _errors(args: argparse.Namespace) -> None:
+    from mmray.score.problems import problems
+
+    counts: Counter[str] = Counter()
+    for problem in problems(args.output, args.column, args.reason):
+        if counts.total() < args.limit:
+            extra = "".join(f"  {name}={value!r}" for name, value in problem.cells.items())
+            print(f"{problem.key}:{problem.row}  {problem.status}  {problem.detail}{extra}")
+        counts[f"{problem.status:<9} {problem.reason}"] += 1
+    if counts.total() > args.limit:
+        print(f"... and {counts.total() - args.limit:,} more; --limit shows more, --reason one kind")
+    for name, count in counts.most_common():
+        print(f"{count:>12,}  {name}")
+    if not counts:
+        print("every row is ok" if args.reason is None else f"no row has the reason {args.reason}")
+
+
+def _add_parity(commands: Any) -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="score the same rows by every path, and compare",
+        description="Score rows of a table by the predictor, by Ray Data at several batch sizes and actor counts, and "
+        "over HTTP; print the largest difference of each from the first. Exits 4 where one is beyond the tolerance.",
+    )
+    parity.add_argument("bundle", metavar="BUNDLE")
+    parity.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
+    parity.add_argument("--rows", type=int, default=500, metavar="N", help="rows compared (default: %(default)s)")
+    add_columns(parity)
+    parity.set_defaults(run=_parity)
+
+
+def _parity(args: argparse.Namespace) -> None:
+    from mmray.errors import VerifyError
+    from mmray.parity import compare_paths
+
+    broken = []
+    for parity in compare_paths(args.bundle, args.table, score_config(args), args.rows):
+        other = f"   {parity.other_rows:,} rows with another label, status or reason" if parity.other_rows else ""
+        print(f"{parity.path:<34} largest difference {parity.largest_difference:.2e}{other}", flush=True)
+        broken += [] if parity.holds else [parity.path]
+    if broken:
+        raise VerifyError(f"the same rows get other scores by: {', '.join(broken)}")

@@ -1,0 +1,95 @@
+"""`mmray demo`, `train` and `evaluate`: from rows to a bundle, and what it is worth."""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from mmray.commands.flags import add_placement, score_config
+from mmray.config_file import load_config
+from mmray.errors import ConfigError
+
+
+def register(commands: Any) -> None:
+    """Adds these commands to the parser."""
+    _add_demo(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="train, evaluate, score, verify and report on real data, in two minutes")
+    demo.add_argument("--dir", default="mmray-demo", help="folder to work in (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from mmray.demo.run import run_demo
+
+    run_demo(args.dir)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a model and print its bundle's URI",
+        description="Train a model as a TOML file says, and print the URI of its bundle.",
+        epilog="Settings are sections and keys: [table] train, image_column, text_column, label_column; [task] kind; "
+        "[model.fusion] kind; [train] epochs, num_workers. jobs/configs/ has ready files with comments; every key is "
+        "described in mmray/config.py. A run that was interrupted continues with the same command.",
+    )
+    train.add_argument("config", metavar="CONFIG.toml", help="settings; relative paths are relative to this folder")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set train.epochs=3"
+    )
+    train.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from mmray.train.job import train_model
+
+    config = load_config(args.config, args.set)
+    result = train_model(config, on_epoch=lambda entry: print(epoch_line(entry), file=sys.stderr))
+    if not result.trained_epochs:
+        print("this run is finished already; another train.name or configuration starts a new one", file=sys.stderr)
+    print(f"best epoch: {epoch_line(result.best)}", file=sys.stderr)
+    print(result.bundle)
+
+
+def epoch_line(entry: dict[str, Any]) -> str:
+    """Returns one line on an epoch of training."""
+    values = (f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch" and value is not None)
+    return f"epoch {entry['epoch']:>3}: " + ", ".join(values)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a bundle on a labelled table, fused and each modality alone"
+    )
+    evaluate.add_argument("bundle", metavar="BUNDLE")
+    evaluate.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and report.html")
+    evaluate.add_argument("--split", help="measure only rows with this value of the bundle's split column")
+    add_placement(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from mmray.evaluate import evaluate_bundle
+    from mmray.report import write_report
+    from mmray.store import split_uri
+    from mmray.summary import evaluation_report, metrics_table
+
+    scheme, folder = split_uri(args.output)
+    if scheme != "file":
+        raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
+    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
+        json.dump(
+            {"rows": evaluation.rows, "skipped": evaluation.skipped, "metrics": evaluation.metrics}, file, indent=1
+        )
+    write_report(folder, evaluation_report(evaluation, args.bundle))
+    print(metrics_table(evaluation))
+    print(os.path.join(folder, "report.html"))
