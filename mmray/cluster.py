@@ -22,12 +22,13 @@ import ray.exceptions
 from mmray import errors
 from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
+from mmray.placement import SPARE_CPUS, Placement
 from mmray.slices import Slice, slices_to_arrow
 
 MAX_RETRIES = 3  # of an actor and of a slice on it; Ray's own default is for ever
 MAX_BLOCKS = 4096  # of slices on their way through Ray Data
 RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
-SPARE_CPUS = 1  # Ray Data's own tasks need one: actors that hold every CPU starve them
+CALLS_PER_ACTOR = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
 
 
 @contextmanager
@@ -69,8 +70,13 @@ def local_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def cpus_for(options: ScoreConfig) -> int:
+    """Returns the CPUs that scoring holds on a local cluster."""
+    return (options.num_actors or local_cpus()) + (options.placement == "cluster")
+
+
 def map_slices(
-    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig
+    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], placement: Placement, name: str
 ) -> Iterator[dict[str, Any]]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
@@ -78,20 +84,29 @@ def map_slices(
         slices: the work, at least one; each slice goes to one actor whole.
         worker: class of the actors; called with a pyarrow table of one slice, as `slices_to_arrow` makes it.
         arguments: of the worker's constructor.
-        options: size of the pool and its GPUs.
+        placement: the pool.
+        name: of the work, on Ray's dashboard.
     """
+    options = placement.options
     _check_gpus(options.gpus_per_actor)
-    num_actors = min(options.num_actors or _pool_size(options.gpus_per_actor), len(slices))
+    pool = ray.data.ActorPoolStrategy(
+        min_size=placement.min_actors,
+        max_size=placement.max_actors,
+        max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+        enable_true_multi_threading=True,
+    )
     rows = over_slices(
         slices,
         worker,
         fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=1,
+        compute=pool,
+        num_cpus=placement.num_cpus,
         num_gpus=options.gpus_per_actor,
+        label_selector=options.node_labels or None,
         max_restarts=MAX_RETRIES,
         max_task_retries=MAX_RETRIES,
     )
+    rows.set_name(name)
     yield from rows.iter_rows()
 
 
@@ -116,12 +131,6 @@ def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray
         # Retries have no named parameter yet, and their default is for ever.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return rows.map_batches(function, batch_size=1, batch_format="pyarrow", **placement)
-
-
-def _pool_size(gpus_per_actor: float) -> int:
-    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus = max(int(resources.get("CPU", 1)) - SPARE_CPUS, 1)
-    return max(min(int(resources.get("GPU", 0) / gpus_per_actor), cpus), 1) if gpus_per_actor else cpus
 
 
 def unwrap(error: BaseException, what: str) -> MmrayError:

@@ -371,12 +371,27 @@ class ScoreConfig(Section):
     """Rows per slice, the unit of work and commit; by default a 64th of the table, within bounds."""
     num_actors: int | None = Field(default=None, ge=1)
     """Scoring processes; by default one per CPU, or per GPU where `gpus_per_actor` is set."""
+    min_actors: int | None = Field(default=None, ge=1)
+    """Fewest scoring processes: from here they grow to `num_actors` as there is work; by default all start at once."""
     gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each scoring process holds, or a fraction of one."""
-    decode_threads: int = Field(default=1, ge=1)
-    """Threads that decode images in each scoring process."""
+    placement: Literal["auto", "local", "cluster"] = "auto"
+    """Who prepares a process's rows: itself (local), or tasks on every node with a free CPU (cluster); auto takes the
+    cluster where the CPUs beside the GPUs are few and other nodes have some."""
+    node_labels: dict[str, str] = {}
+    """Labels of the nodes that scoring processes may run on; any by default."""
+    decode_threads: int | None = Field(default=None, ge=1)
+    """Threads that decode images in each scoring process; by default 1, or the CPUs beside each process with a GPU."""
+    reads: int = Field(default=64, ge=1)
+    """Images of a store that each scoring process reads at a time; local ones are read as they are decoded."""
     max_error_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that may fail before `_SUCCESS` is withheld (exit 6); by default any, each with its reason."""
+
+    @model_validator(mode="after")
+    def _grow(self) -> "ScoreConfig":
+        if self.min_actors is not None and self.num_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(f"{self.min_actors} processes at least and {self.num_actors} at most leave none")
+        return self
 
     def numeric_options(self) -> dict[str, Any]:
         """Returns the settings that change what is written: part of the plan's identity."""

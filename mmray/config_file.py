@@ -2,34 +2,36 @@
 
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from mmray.config import Config
 from mmray.errors import ConfigError, nearest
+from mmray.store import open_parent
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(uri: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides (values in TOML syntax, or bare strings).
 
-    Relative paths in `[table]` and `train.storage` are kept as written: they are relative to the working folder.
+    The file may lie in a folder or in a store. Relative paths in `[table]` and `train.storage` are kept as written: they
+    are relative to the working folder.
 
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is wrong.
     """
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        store, name = open_parent(uri)
+        raw = tomllib.loads(store.read(name).decode())
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file at {path!r}; see jobs/configs/ for ready ones") from None
+        raise ConfigError(f"no configuration file at {uri!r}; see jobs/configs/ for ready ones") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path!r}: {error}") from None
+        raise ConfigError(f"cannot read the configuration {uri!r}: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}; a setting reads `key = value`") from None
+        raise ConfigError(f"{uri} is not TOML: {error}; a setting reads `key = value`") from None
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw, path)
+    return parse_config(raw, uri)
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Config:

@@ -13,11 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmray.bundle import BundleInfo, load_bundle, read_info
-from mmray.cluster import RAY_ERRORS, cluster, local_cpus, map_slices, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
 from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import confusion_matrix, measure
+from mmray.placement import place
 from mmray.predictor import Predictor, column_of
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
@@ -61,10 +62,12 @@ def evaluate_bundle(
     options = options or ScoreConfig()
     info = read_info(bundle)
     slices, roots = _plan(info, table, options, split)
-    with cluster(options.num_actors or local_cpus()):
+    options = options.model_copy(update={"placement": "local"})  # one pass over few rows
+    with cluster(cpus_for(options)):
+        placement = place(options, len(slices))
         try:
-            arguments = (open_store(bundle).uri, roots, options, split)
-            rows = list(map_slices(slices, SlicePredictor, arguments, options))
+            arguments = (open_store(bundle).uri, roots, placement.options, split)
+            rows = list(map_slices(slices, SlicePredictor, arguments, placement, "mmray evaluate"))
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
     parts = [_unpack(row) for row in sorted(rows, key=lambda row: row["slice"])]

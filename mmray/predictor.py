@@ -4,10 +4,13 @@ Reads cells of images and texts -> gives one prediction per row, in order. A row
 the order or the neighbours it comes with, within `TOLERANCE`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,13 @@ from mmray.table import Fault, Reason, Status, cells, output_fields
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 """Largest difference of a probability (or of a standardised regression value) between machines and batch sizes."""
+
+FED_AHEAD = 16  # batches on their way from elsewhere: so many CPUs can prepare at a time, and memory has a bound
+T = TypeVar("T")
+Feed = Callable[[Mapping[str, Sequence[Any]]], Future[Features]]
+"""Who prepares a batch: called with the cells of each modality, answers at once with what will be its features."""
+OnStage = Callable[[str, float], None]
+"""Called with the name of a stage and the seconds that something took there."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,25 @@ class Prediction:
 class Predictor:
     """A bundle made ready on a device."""
 
-    def __init__(self, bundle: Bundle, source: ImageSource, options: ScoreConfig, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        source: ImageSource,
+        options: ScoreConfig,
+        device: str = "cpu",
+        *,
+        feed: Feed | None = None,
+        on_stage: OnStage = lambda stage, seconds: None,
+    ) -> None:
         """Loads the weights and rescores the golden rows.
+
+        Args:
+            bundle: the model and what goes with it.
+            source: where images are read.
+            options: precision, batch size, threads.
+            device: `cpu` or `cuda`.
+            feed: who prepares batches elsewhere, several at a time; by default a thread of this process does, one.
+            on_stage: called with `prepare` or `forward` and the seconds that a batch took there.
 
         Raises:
             BundleError: the golden rows do not get their scores.
@@ -62,19 +89,23 @@ class Predictor:
         self._model = bundle.build_model()
         fold_batch_norms(self._model)
         self._model.to(device)
-        pool = ThreadPoolExecutor(options.decode_threads) if options.decode_threads > 1 else None
-        self._preprocess = Preprocessor(bundle.config, bundle.vocabulary, source, pool)
-        self._ahead = ThreadPoolExecutor(1)
+        self._preprocess = Preprocessor(
+            bundle.config, bundle.vocabulary, source, decode_threads=options.decode_threads or 1, reads=options.reads
+        )
+        self._thread = ThreadPoolExecutor(1)
+        self._feed, self._ahead = (feed, FED_AHEAD) if feed else (self._prepare_beside, 1)
+        self._on_stage = on_stage
+        self._turn = threading.Lock()  # two batches at once would only push one another out of the cache
         self.precision: Precision = "fp32"
         self.precision = self._choose_precision()
 
     @classmethod
-    def on_this_worker(cls, bundle: Bundle, source: ImageSource, options: ScoreConfig) -> "Predictor":
-        """Makes a predictor in a process that has one CPU core, or a GPU, to itself."""
+    def on_this_worker(cls, bundle: Bundle, source: ImageSource, options: ScoreConfig, **more: Any) -> "Predictor":
+        """Makes a predictor in a process that has one CPU core, or a GPU, to itself; `more` as the class takes it."""
         prepare_decoders()
         if not options.gpus_per_actor:
             torch.set_num_threads(1)  # one process per core with one thread each beats fewer with more
-        return cls(bundle, source, options, "cuda" if options.gpus_per_actor else "cpu")
+        return cls(bundle, source, options, "cuda" if options.gpus_per_actor else "cpu", **more)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -112,7 +143,7 @@ class Predictor:
             columns: modality -> B cells.
             alone: also predict each row from each modality on its own.
         """
-        parts = [self.predict_features(features, alone=alone) for features in self._batches(columns)]
+        parts = [timed(self._on_stage, "forward", self._in_turn, part, alone) for part in self._batches(columns)]
         if not parts:
             parts = [self.predict_features(self._preprocess({name: [None] for name in self.modalities}), alone=alone)]
             return _head(parts[0], 0)
@@ -123,17 +154,23 @@ class Predictor:
         return self._preprocess(columns)
 
     def _batches(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[Features]:
-        # Preprocessing runs one batch ahead on its own thread: decoding releases the interpreter lock, and a GPU
-        # would otherwise wait for it.
+        # Batches are prepared while the model is at another: decoding releases the interpreter lock, a store's answers
+        # take their time, and a GPU would wait for both.
         size, num_rows = self.options.batch_size, len(next(iter(columns.values())))
-        chunks = [{name: c[k : k + size] for name, c in columns.items()} for k in range(0, num_rows, size)]
-        pending = [self._ahead.submit(self._preprocess, chunk) for chunk in chunks[:1]]
-        for following in [*chunks[1:], None]:
-            features = pending.pop().result() if pending else None
-            if following is not None:
-                pending.append(self._ahead.submit(self._preprocess, following))
-            if features is not None:
-                yield features
+        pending: deque[Future[Features]] = deque()
+        for k in range(0, num_rows, size):
+            pending.append(self._feed({name: column[k : k + size] for name, column in columns.items()}))
+            if len(pending) > self._ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _prepare_beside(self, columns: Mapping[str, Sequence[Any]]) -> Future[Features]:
+        return self._thread.submit(timed, self._on_stage, "prepare", self._preprocess, columns)
+
+    def _in_turn(self, features: Features, alone: bool) -> Prediction:
+        with self._turn:
+            return self.predict_features(features, alone=alone)
 
     @torch.inference_mode()
     def predict_features(self, features: Features, *, alone: bool = False) -> Prediction:
@@ -212,6 +249,14 @@ class Predictor:
                     yield [reason for _, reason, _ in statuses]
                 case "reason_detail":
                     yield [detail for _, _, detail in statuses]
+
+
+def timed(on_stage: OnStage, stage: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function, and reports the seconds it took as those of a stage."""
+    started = time.perf_counter()
+    result = function(*arguments)
+    on_stage(stage, time.perf_counter() - started)
+    return result
 
 
 def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:

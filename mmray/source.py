@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mmray.errors import EnvironmentFaultError
-from mmray.store import REMOTE_SCHEMES, open_store, split_uri
+from mmray.store import REMOTE_SCHEMES, ObjectStore, split_uri
 from mmray.table import Fault, Reason, fault
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -31,6 +31,11 @@ class ImageSource:
         self._folders = tuple(os.path.realpath(path) for _, (scheme, path) in schemes if scheme == "file")
         self._remotes = tuple(root.rstrip("/") for root, (scheme, _) in schemes if scheme != "file")
         self._max_bytes = max_bytes
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some images lie in a store, where a read is mostly waiting."""
+        return bool(self._remotes)
 
     def read(self, cell: Any) -> bytes | Fault:
         """Returns the bytes that a cell holds or names, or why there are none.
@@ -50,13 +55,14 @@ class ImageSource:
         return self._by_name(cell)
 
     def _inline(self, data: bytes) -> bytes | Fault:
-        if not data:
-            return fault(Reason.EMPTY_FILE, "no bytes")
-        return self._too_large(len(data)) or data
+        return self._wrong_size(len(data)) or data
 
-    def _too_large(self, size: int) -> Fault | None:
-        if size <= self._max_bytes:
-            return None
+    def _wrong_size(self, size: int) -> Fault | None:
+        if size == 0:
+            return fault(Reason.EMPTY_FILE, "no bytes")
+        return self._too_large(size) if size > self._max_bytes else None
+
+    def _too_large(self, size: int) -> Fault:
         return fault(Reason.TOO_LARGE_BYTES, f"{size} bytes, {self._max_bytes} allowed")
 
     def _by_name(self, name: str) -> bytes | Fault:
@@ -104,27 +110,20 @@ class ImageSource:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return fault(Reason.NOT_REGULAR, "a folder, device, pipe or socket")
-        if status.st_size == 0:
-            return fault(Reason.EMPTY_FILE, "no bytes")
-        too_large = self._too_large(status.st_size)
-        if too_large is not None:
-            return too_large
+        wrong = self._wrong_size(status.st_size)
+        if wrong is not None:
+            return wrong
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(self._max_bytes)
 
     def _remote(self, root: str, key: str) -> bytes | Fault:
         if ".." in key.split("/"):
             return _outside()
-        store, key = open_store(root), posixpath.normpath(key)
         try:
-            entry = store.stat(key)
-        except ValueError:  # no object can have such a name
-            entry = None
-        if entry is None:
+            found = ObjectStore(root).read_at_most(posixpath.normpath(key), self._max_bytes)
+        except (FileNotFoundError, ValueError):  # ValueError: no object can have such a name
             return fault(Reason.MISSING, "no such object")
-        if entry.size == 0:
-            return fault(Reason.EMPTY_FILE, "no bytes")
-        return self._too_large(entry.size) or store.read(key)
+        return self._inline(found) if isinstance(found, bytes) else self._too_large(found)
 
 
 def bytes_or_path(cell: Any) -> Any:

@@ -183,6 +183,23 @@ class ObjectStore(Store):
         except oe.BaseError as error:
             raise self._fault("read", key, error) from error
 
+    def read_at_most(self, key: str, limit: int) -> bytes | int:
+        """Returns an object's bytes, or its size where it has more than a limit: one request either way.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        import obstore.exceptions as oe
+
+        try:
+            found = self._store.get(key)
+            size = int(found.meta["size"])
+            return bytes(found.bytes()) if size <= limit else size
+        except (oe.NotFoundError, FileNotFoundError):
+            raise FileNotFoundError(self.child(key)) from None
+        except oe.BaseError as error:
+            raise self._fault("read", key, error) from error
+
     def open(self, key: str) -> BinaryIO:
         entry = self.stat(key)
         if entry is None:

@@ -7,6 +7,7 @@ import pytest
 from mmray.config import BagEncoderConfig, Config, WeightedSumConfig
 from mmray.config_file import load_config, parse_config
 from mmray.errors import ConfigError
+from mmray.store import open_store
 
 RECIPES = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.toml"))
 
@@ -37,6 +38,13 @@ def test_a_file_and_overrides_make_one_config(tmp_path: Path) -> None:
 def test_the_kind_of_an_encoder_chooses_its_settings(tmp_path: Path) -> None:
     path = write(tmp_path, '[table]\ntrain = "rows"\n[model.text_encoder]\nkind = "bag"\nembedding_dim = 7\n')
     assert load_config(path).model.text_encoder == BagEncoderConfig(embedding_dim=7)
+
+
+def test_a_configuration_may_lie_in_a_bucket(s3: str) -> None:
+    open_store(s3).create("configs/run.toml", b'[table]\ntrain = "rows"\n')
+    assert load_config(f"{s3}/configs/run.toml", ["train.epochs=3"]).train.epochs == 3
+    with pytest.raises(ConfigError, match="no configuration file at 's3://"):
+        load_config(f"{s3}/configs/none.toml")
 
 
 @pytest.mark.parametrize(

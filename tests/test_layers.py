@@ -14,13 +14,14 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 LAYERS = (
     {"errors"},
     {"config"},
-    {"config_file", "table", "store"},
-    {"slices", "labels", "source"},
+    {"table", "store"},
+    {"config_file", "slices", "labels", "source"},
     {"preprocess"},
     {"model"},
     {"metrics"},
     {"bundle"},
     {"predictor"},
+    {"placement"},
     {"cluster"},
     {"train", "score", "serve"},
     {"evaluate", "parity", "schedule"},
@@ -32,6 +33,10 @@ LAYERS = (
 )
 RAY = {
     "mmray/cluster.py",
+    "mmray/placement.py",
+    "mmray/score/actor.py",
+    "mmray/score/feed.py",
+    "mmray/score/meters.py",
     "mmray/train/data.py",
     "mmray/train/rows.py",
     "mmray/train/loop.py",

@@ -20,6 +20,7 @@ def register(commands: Any) -> None:
 def _add_score(commands: Any) -> None:
     score = commands.add_parser(
         "score",
+        usage="%(prog)s BUNDLE INPUT OUTPUT [options]",
         help="score every row of a table, once",
         description="Score a table into OUTPUT/data/*.parquet; OUTPUT/_SUCCESS says that every row is there. "
         "The same command resumes a run that was interrupted, and is quick where there is nothing left to do.",

@@ -39,7 +39,11 @@ def _add_train(commands: Any) -> None:
         "[model.fusion] kind; [train] epochs, num_workers. jobs/configs/ has ready files with comments; every key is "
         "described in mmray/config.py. A run that was interrupted continues with the same command.",
     )
-    train.add_argument("config", metavar="CONFIG.toml", help="settings; relative paths are relative to this folder")
+    train.add_argument(
+        "config",
+        metavar="CONFIG.toml",
+        help="settings, a path or URI; relative paths in it are relative to this folder",
+    )
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set train.epochs=3"
     )

@@ -3,6 +3,7 @@
 Reads cells of each modality -> gives `Features`: arrays, what is present, and why the rest is not.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def _stack(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
 
 
 class Preprocessor:
-    """Turns cells into features. Thread-safe; a pool, if given, decodes images."""
+    """Turns cells into features. Thread-safe."""
 
     version: ClassVar[int] = 2
     """Part of every bundle's fingerprint: raised when the same cells give other arrays."""
@@ -60,9 +61,24 @@ class Preprocessor:
         config: Config,
         vocabulary: Vocabulary | None,
         source: ImageSource,
-        pool: ThreadPoolExecutor | None = None,
+        *,
+        decode_threads: int = 1,
+        reads: int = 1,
     ) -> None:
-        self._config, self._vocabulary, self._source, self._pool = config, vocabulary, source, pool
+        """Takes what decides the arrays, and how much is done at a time.
+
+        Args:
+            config: sizes and limits.
+            vocabulary: the words that are known; None for a model without texts.
+            source: where images are read.
+            decode_threads: images decoded at a time.
+            reads: images read at a time where they lie in a store.
+        """
+        self._config, self._vocabulary, self._source = config, vocabulary, source
+        threads = max(decode_threads, reads) if source.is_remote else decode_threads
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        # Threads wait for the store in large numbers; as many decoders would only take the CPU from the model.
+        self._decoding = threading.Semaphore(decode_threads)
         # A third modality is one preprocess file and a line here.
         self._encoders = {"image": self._images, "text": self._texts}
 
@@ -79,7 +95,7 @@ class Preprocessor:
     def _images(self, cells: Sequence[Any]) -> Encoded:
         size = self._config.image.size
         images = np.zeros((len(cells), size, size, 3), np.uint8)
-        found = self._pool.map(self._image, cells) if self._pool else map(self._image, cells)
+        found = self._pool.map(self._image, cells) if self._pool and len(cells) > 1 else map(self._image, cells)
         faults: list[Fault | None] = []
         for k, image in enumerate(found):
             faults.append(image if isinstance(image, Fault) else None)
@@ -89,7 +105,10 @@ class Preprocessor:
 
     def _image(self, cell: Any) -> NDArray[np.uint8] | Fault:
         data = self._source.read(cell)
-        return data if isinstance(data, Fault) else decode_image(data, self._config.image)
+        if isinstance(data, Fault):
+            return data
+        with self._decoding:
+            return decode_image(data, self._config.image)
 
     def _texts(self, cells: Sequence[Any]) -> Encoded:
         assert self._vocabulary is not None, "a model that reads texts has a vocabulary"

@@ -41,6 +41,8 @@ class Receipt:
     size: int
     """Bytes of the file."""
     ledger: Ledger
+    created: bool = False
+    """Whether this call wrote it; otherwise it was there."""
 
 
 def part_key(plan_hash: str, index: int) -> str:
@@ -109,7 +111,7 @@ class Output:
         pq.write_table(scored.replace_schema_metadata(metadata), buffer, compression="zstd", write_page_checksum=True)
         key = part_key(plan_hash, piece.index)
         if self.store.create(key, buffer.getvalue()):
-            return Receipt(piece.index, key, buffer.tell(), ledger)
+            return Receipt(piece.index, key, buffer.tell(), ledger, created=True)
         return self.receipt(plan_hash, piece)
 
     def receipt(self, plan_hash: str, piece: Slice) -> Receipt:

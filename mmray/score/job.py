@@ -109,13 +109,20 @@ def score_plan(
 
 def _run(bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig) -> Iterator[Receipt]:
     # Ray is loaded only where there is work: a finished run answers without it.
-    from mmray.cluster import RAY_ERRORS, cluster, local_cpus, map_slices, unwrap
-    from mmray.score.worker import SliceScorer, receipt_from_row
+    from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
+    from mmray.placement import place
+    from mmray.score.actor import ScoringActor
+    from mmray.score.meters import RunMeters
+    from mmray.score.worker import receipt_from_row
 
-    with cluster(options.num_actors or local_cpus()):
-        arguments = (bundle, output, plan.hash, plan.image_roots, options)
+    with cluster(cpus_for(options)):
+        placement = place(options, len(todo))
+        arguments = (bundle, output, plan.hash, plan.image_roots, placement.options)
+        meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
         try:
-            yield from map(receipt_from_row, map_slices(todo, SliceScorer, arguments, options))
+            for row in map_slices(todo, ScoringActor, arguments, placement, f"mmray score {plan.hash[:8]}"):
+                meters.slice_done()
+                yield receipt_from_row(row)
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
 

@@ -4,14 +4,16 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from mmray import __version__
-from mmray.bundle import load_bundle
+from mmray.bundle import Bundle, load_bundle
 from mmray.config import ScoreConfig
-from mmray.predictor import Predictor
+from mmray.predictor import Feed, OnStage, Predictor, timed
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
@@ -19,16 +21,38 @@ from mmray.source import ImageSource
 
 
 class SliceScorer:
-    """Scores slices one after the other with one loaded model."""
+    """Scores slices with one loaded model; from several threads, one slice is read or committed beside another."""
 
     def __init__(
-        self, bundle_uri: str, output_uri: str, plan_hash: str, image_roots: tuple[str, ...], options: ScoreConfig
+        self,
+        bundle_uri: str,
+        output_uri: str,
+        plan_hash: str,
+        image_roots: tuple[str, ...],
+        options: ScoreConfig,
+        *,
+        on_stage: OnStage = lambda stage, seconds: None,
+        feed_of: Callable[[Bundle], Feed] | None = None,
     ) -> None:
+        """Loads the bundle.
+
+        Args:
+            bundle_uri: folder or URI of the bundle.
+            output_uri: folder or URI of the run's output.
+            plan_hash: which run it is.
+            image_roots: folders and URIs that images may be read from.
+            options: precision, batch size, threads, device.
+            on_stage: called with `read`, `prepare`, `forward` or `commit` and the seconds that something took there.
+            feed_of: makes who prepares batches; by default this process does.
+
+        Raises:
+            BundleError: the bundle is damaged, or its golden rows come out differently here.
+        """
         bundle = load_bundle(bundle_uri)
         source = ImageSource(image_roots, bundle.config.image.max_bytes)
-        self._predictor = Predictor.on_this_worker(bundle, source, options)
-        self._output = Output(output_uri)
-        self._plan_hash = plan_hash
+        feed = feed_of(bundle) if feed_of else None
+        self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=on_stage)
+        self._output, self._plan_hash, self._on_stage = Output(output_uri), plan_hash, on_stage
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         receipts = [self.score(piece) for piece in slices_from_arrow(rows)]
@@ -36,14 +60,16 @@ class SliceScorer:
 
     def score(self, piece: Slice) -> Receipt:
         """Scores and commits one slice."""
-        scored = self._predictor.score(read_slice(piece))
+        rows = timed(self._on_stage, "read", read_slice, piece)
+        scored = self._predictor.score(rows)
         ledger = Ledger.of(scored, self._predictor.bundle.score_range)
         provenance = {
             "fingerprint": self._predictor.bundle.fingerprint,
             "precision": self._predictor.precision,
             "mmray_version": __version__,
         }
-        return self._output.commit(self._plan_hash, piece, scored, ledger, provenance)
+        commit = partial(self._output.commit, self._plan_hash, piece)
+        return timed(self._on_stage, "commit", commit, scored, ledger, provenance)
 
 
 def receipt_to_row(receipt: Receipt) -> dict[str, Any]:

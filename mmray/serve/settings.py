@@ -77,5 +77,6 @@ class ServeConfig(Section):
             batch_size=self.batch_size,
             gpus_per_actor=self.gpus_per_replica,
             image_roots=self.image_roots,
+            decode_threads=self.decode_threads,
             probabilities=True,
         )

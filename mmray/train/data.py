@@ -29,6 +29,7 @@ from mmray.table import cells, require_types
 
 Split = Literal["train", "validation"]
 BLOCK_BYTES = 64 * 2**20  # decoded rows per block: Ray's object store moves and spills whole blocks
+READS = 64  # images of a store that a task reads at a time
 _FRACTION_STEPS = 10_000
 
 
@@ -184,7 +185,7 @@ def _preprocess_slice(
     values = table[config.table.label_column].to_pylist()
     source = ImageSource(roots, config.image.max_bytes)
     modal = {name: cells(table[getattr(config.table, f"{name}_column")]) for name in config.table.modalities}
-    features = Preprocessor(config, vocabulary, source)(modal)
+    features = Preprocessor(config, vocabulary, source, reads=READS)(modal)
     arrays = {name: _pad(name, array, config) for name, array in features.arrays.items()}
     present = {f"present_{name}": mask for name, mask in features.present.items()}
     targets = encode_targets(values, config.task.kind, labels, config.table.label_column)

@@ -1,0 +1,82 @@
+"""Measures scoring against an object store whose every answer takes its time: does the model wait for it?
+
+The store is a small server on loopback that speaks as much of S3 as a run needs: read, look up, list, create if absent.
+"""
+
+import asyncio
+import hashlib
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class SlowStore:
+    """A bucket in memory; each answer waits for `delay_s` first."""
+
+    def __init__(self, objects: dict[str, bytes], delay_s: float) -> None:
+        self._objects, self._delay_s = objects, delay_s
+
+    async def serve(self, port: int) -> None:
+        """Answers until it is cancelled."""
+        server = await asyncio.start_server(self._talk, "127.0.0.1", port, limit=2**20)
+        async with server:
+            await server.serve_forever()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                method, target, _ = line.decode().split(" ", 2)
+                headers = dict[str, str]()
+                while (field := (await reader.readline()).decode().strip()) != "":
+                    name, _, value = field.partition(":")
+                    headers[name.lower()] = value.strip()
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                await asyncio.sleep(self._delay_s)
+                status, more, data = self._answer(method, target, headers, body)
+                more |= {"Content-Length": str(len(data))} if "Content-Length" not in more else {}
+                lines = [f"HTTP/1.1 {status} -", *(f"{name}: {value}" for name, value in more.items()), "", ""]
+                writer.write("\r\n".join(lines).encode() + (b"" if method == "HEAD" else data))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    def _answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
+        parts = urlsplit(target)
+        key = unquote(parts.path).lstrip("/").partition("/")[2]
+        if method == "PUT":
+            if "if-none-match" in headers and key in self._objects:
+                return 412, {}, b""
+            self._objects[key] = body
+            return 200, {"ETag": _tag(body)}, b""
+        if method == "DELETE":
+            self._objects.pop(key, None)
+            return 204, {}, b""
+        if method == "GET" and not key:
+            return 200, {"Content-Type": "application/xml"}, self._list(parse_qs(parts.query).get("prefix", [""])[0])
+        if key not in self._objects:
+            return 404, {}, b""
+        return self._read(self._objects[key], headers.get("range"))
+
+    def _read(self, data: bytes, wanted: str | None) -> Answer:
+        headers = {"ETag": _tag(data), "Last-Modified": "Tue, 24 Nov 2026 00:00:00 GMT"}
+        if wanted is None:
+            return 200, headers, data
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start, end = (int(first), min(int(last or len(data)), len(data) - 1)) if first else (len(data) - int(last), -1)
+        end = end if end >= 0 else len(data) - 1
+        return 206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1]
+
+    def _list(self, prefix: str) -> bytes:
+        found = (
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(_tag(data))}</ETag>"
+            "<LastModified>2026-11-24T00:00:00.000Z</LastModified></Contents>"
+            for key, data in sorted(self._objects.items())
+            if key.startswith(prefix)
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(found)}</ListBucketResult>".encode()
+
+
+def _tag(data: bytes) -> str:
+    return f'"{hashlib.blake2b(data[:64] + data[-64:] + len(data).to_bytes(8, "big"), digest_size=8).hexdigest()}"'

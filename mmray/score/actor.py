@@ -1,0 +1,66 @@
+"""What Ray places: a slice scorer that counts, logs, and has its rows prepared where the placement says.
+
+Its log lines are JSON, one a slice, in the log of its Ray worker: `event`, `run`, `slice` and what goes with them.
+"""
+
+import json
+import logging
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import ray
+
+from mmray.config import ScoreConfig
+from mmray.score.commit import Receipt
+from mmray.score.feed import ClusterFeed
+from mmray.score.meters import ActorMeters
+from mmray.score.worker import SliceScorer
+from mmray.slices import Slice
+from mmray.table import Status
+
+_log = logging.getLogger(__name__)
+
+
+class ScoringActor(SliceScorer):
+    """A scorer among others on a cluster."""
+
+    def __init__(
+        self, bundle_uri: str, output_uri: str, plan_hash: str, image_roots: tuple[str, ...], options: ScoreConfig
+    ) -> None:
+        self._run = plan_hash[:8]
+        self._meters = ActorMeters(self._run)
+        _log_to_stderr()
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._meters.restarted()
+        feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
+        super().__init__(
+            bundle_uri, output_uri, plan_hash, image_roots, options, on_stage=self._meters.stage, feed_of=feed_of
+        )
+        self._event("ready", fingerprint=self._predictor.bundle.fingerprint, precision=self._predictor.precision)
+
+    def score(self, piece: Slice) -> Receipt:
+        """Scores, commits, counts and logs one slice."""
+        started = time.perf_counter()
+        with self._meters.slice():
+            try:
+                receipt = super().score(piece)
+            except Exception as error:
+                self._event("slice failed", slice=piece.index, uri=piece.uri, error=str(error))
+                raise
+        self._meters.committed(receipt)
+        counts = {status.value: receipt.ledger.count(status) for status in Status}
+        seconds = round(time.perf_counter() - started, 3)
+        self._event("slice committed", slice=piece.index, created=receipt.created, seconds=seconds, **counts)
+        return receipt
+
+    def _event(self, event: str, **fields: Any) -> None:
+        _log.info(json.dumps({"event": event, "run": self._run, "time": round(time.time(), 3), **fields}))
+
+
+def _log_to_stderr() -> None:
+    if not _log.handlers:
+        _log.addHandler(logging.StreamHandler(sys.stderr))
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
