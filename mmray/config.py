@@ -403,6 +403,9 @@ class ScheduleConfig(Section):
 
     full: bool = False
     """Score every file again, also those that did not change."""
+    key: str | None = None
+    """Column whose values tell rows apart: of files that are new or changed, only the rows are scored whose key, image
+    cell or text is. For tables that are rewritten as a whole, in the order of the key; a path stands for its image."""
     retry_failed: bool = False
     """Score the files again in which a row failed or lacks a modality."""
     min_rows: int = Field(default=1, ge=1)

@@ -14,8 +14,8 @@ from mmray.store import open_parent
 def load_config(uri: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies `section.key=value` overrides (values in TOML syntax, or bare strings).
 
-    The file may lie in a folder or in a store. Relative paths in `[table]` and `train.storage` are kept as written: they
-    are relative to the working folder.
+    The file may lie in a folder or in a store. Relative paths in `[table]` and `train.storage` are kept as written:
+    they are relative to the working folder.
 
     Raises:
         ConfigError: the file is missing or malformed, or a key or value is wrong.

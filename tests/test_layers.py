@@ -34,6 +34,7 @@ LAYERS = (
 RAY = {
     "mmray/cluster.py",
     "mmray/placement.py",
+    "mmray/schedule/meters.py",
     "mmray/score/actor.py",
     "mmray/score/feed.py",
     "mmray/score/meters.py",

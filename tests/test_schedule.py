@@ -97,6 +97,9 @@ def test_each_tick_scores_what_is_new_and_publishes_the_whole(
     changed = pq.read_table(Path(schedule.table, "part-1.parquet")).slice(0, 20)
     pq.write_table(changed, Path(schedule.table, "part-1.parquet"))
     assert schedule.tick().new_rows == 20
+    one = changed.set_column(2, "text", pa.array(["new", *changed["text"].to_pylist()[1:]]))
+    pq.write_table(one, Path(schedule.table, "part-1.parquet"))
+    assert schedule.tick(QUICK.model_copy(update={"key": "id"})).new_rows == 1, "the row that changed"
     Path(schedule.table, "part-0.parquet").unlink()
     gone = schedule.tick()
     assert (gone.outcome, gone.new_rows) == ("published", 0)
@@ -117,7 +120,7 @@ def test_each_tick_scores_what_is_new_and_publishes_the_whole(
     for run in sorted(Path(schedule.root, "runs").iterdir()):
         assert verify_output(str(run), 1).passed
     assert [path.stem for path in sorted(Path(schedule.root, "published").iterdir())] == [
-        f"{k:09d}" for k in range(1, 7)
+        f"{k:09d}" for k in range(1, 8)
     ]
 
 

@@ -25,6 +25,7 @@ def _add_tick(commands: Any) -> None:
     tick.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
     tick.add_argument("root", metavar="ROOT", help="folder or URI for runs and published lists")
     tick.add_argument("--full", action="store_true", default=None, help="score every file again")
+    tick.add_argument("--key", metavar="C", help="of files that changed, score the rows that did, told apart by C")
     tick.add_argument(
         "--retry-failed", action="store_true", default=None, help="score files again that have a row that is not ok"
     )

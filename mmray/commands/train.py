@@ -42,7 +42,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "config",
         metavar="CONFIG.toml",
-        help="settings, a path or URI; relative paths in it are relative to this folder",
+        help="settings; relative paths are relative to this folder",
     )
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set train.epochs=3"

@@ -9,7 +9,7 @@ that was only slow may then work beside the new one: the lease spares work, what
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mmray.errors import EnvironmentFaultError
@@ -18,11 +18,17 @@ from mmray.store import Store
 FOLDER, RELEASED = "lease", "released"
 BEATS_PER_LEASE = 4
 LOOKS_PER_LEASE = 20
+OnBeat = Callable[[], None]
 
 
 @contextmanager
-def lease(store: Store, lease_s: float) -> Iterator[threading.Event | None]:
+def lease(store: Store, lease_s: float, on_beat: OnBeat = lambda: None) -> Iterator[threading.Event | None]:
     """Holds the lease of a folder for the duration of a `with` block.
+
+    Args:
+        store: the folder.
+        lease_s: seconds without a beat after which another may take it.
+        on_beat: called after each beat, from another thread.
 
     Yields:
         An event that is set if another takes the lease meanwhile; or None where a holder is alive, and nothing is held.
@@ -32,7 +38,7 @@ def lease(store: Store, lease_s: float) -> Iterator[threading.Event | None]:
         yield None
         return
     lost, ended = threading.Event(), threading.Event()
-    beats = threading.Thread(target=_beat, args=(store, epoch, lease_s, lost, ended), daemon=True)
+    beats = threading.Thread(target=_beat, args=(store, epoch, lease_s, lost, ended, on_beat), daemon=True)
     beats.start()
     try:
         yield lost
@@ -67,7 +73,9 @@ def _newest(store: Store) -> tuple[int, str] | None:
     return max(((int(epoch), beat) for epoch, beat in found), default=None)
 
 
-def _beat(store: Store, epoch: int, lease_s: float, lost: threading.Event, ended: threading.Event) -> None:
+def _beat(
+    store: Store, epoch: int, lease_s: float, lost: threading.Event, ended: threading.Event, on_beat: OnBeat
+) -> None:
     beat = 0
     while not ended.wait(lease_s / BEATS_PER_LEASE):
         try:
@@ -78,6 +86,7 @@ def _beat(store: Store, epoch: int, lease_s: float, lost: threading.Event, ended
             store.create(_key(epoch, f"{beat + 1:09d}"), b"")
             store.delete(_key(epoch, f"{beat:09d}"))
             beat += 1
+            on_beat()
         except EnvironmentFaultError:
             continue  # the store may be back in time; if not, another takes over
 

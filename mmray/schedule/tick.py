@@ -7,6 +7,7 @@ folder of the next number. A tick that was killed is continued by the next one; 
 
 import datetime
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from mmray.config import ScheduleConfig, ScoreConfig
 from mmray.errors import EnvironmentFaultError, GateError
 from mmray.schedule.lease import lease
 from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
+from mmray.score.carry import Carry, ScoredFile
 from mmray.score.commit import Output
 from mmray.score.job import Progress, score_plan
 from mmray.score.ledger import Ledger
@@ -72,7 +74,7 @@ def tick(
         MmrayError: see `mmray.errors` for the others.
     """
     store = open_store(root)
-    with lease(store, rules.lease_s) as lost:
+    with lease(store, rules.lease_s, _on_beat) as lost:
         if lost is None:
             return TickResult(latest(store), "another tick is at work")
 
@@ -88,7 +90,8 @@ def tick(
             return TickResult(before, "nothing new")
         number = before.number + 1 if before else 1
         new = files.keys() - same
-        scored = _score(bundle, table, root, number, options, new, on_start, guarded) if new else []
+        carry = _carry(before, identity, same, root, rules)
+        scored = _score(bundle, table, root, number, options, new, carry, on_start, guarded) if new else []
         carried = [part for part in before.parts if part.input in same] if before else []
         order = {uri: k for k, uri in enumerate(files)}
         parts = sorted([*carried, *scored], key=lambda part: (order[part.input], part.first_row))
@@ -97,7 +100,8 @@ def tick(
         _gates(before, after, scored, rules)
         if not store.create(pointer(number), after.to_parquet()):
             raise EnvironmentFaultError(f"another tick published number {number} first; run again")
-        return TickResult(after, "published", sum(part.rows for part in scored), keep_last(store, rules.keep))
+        new_rows = sum(part.rows - part.ledger.carried for part in scored)
+        return TickResult(after, "published", new_rows, keep_last(store, rules.keep))
 
 
 def _identity(bundle: str, table: str, options: ScoreConfig, file: str) -> dict[str, object]:
@@ -118,6 +122,24 @@ def _unchanged(
     return same
 
 
+def _on_beat() -> None:
+    if "ray" in sys.modules:  # a tick that finds nothing new never loads it
+        from mmray.schedule.meters import beat
+
+        beat()
+
+
+def _carry(
+    before: Published | None, identity: dict[str, object], same: set[str], root: str, rules: ScheduleConfig
+) -> Carry | None:
+    """Returns where the rows of files that changed may have been scored before."""
+    if rules.key is None or rules.full or before is None or before.identity != identity:
+        return None
+    store, changed = open_store(root), (part for part in before.parts if part.input not in same)
+    files = (ScoredFile(store.child(part.key), part.input, part.first_row) for part in changed)
+    return Carry.of(rules.key, files, rules.retry_failed)
+
+
 def _score(
     bundle: str,
     table: str,
@@ -125,6 +147,7 @@ def _score(
     number: int,
     options: ScoreConfig,
     new: set[str],
+    carry: Carry | None,
     on_start: Callable[[Plan, int], None],
     on_slice: Progress,
 ) -> list[Part]:
@@ -134,7 +157,7 @@ def _score(
         return []
     run = f"{RUNS}/{number:09d}-{plan.hash[:8]}"
     output = Output(open_store(root).child(run))
-    score_plan(plan, bundle, table, output.uri, options, on_start=on_start, on_slice=on_slice)
+    score_plan(plan, bundle, table, output.uri, options, carry=carry, on_start=on_start, on_slice=on_slice)
     receipts = ((piece, output.receipt(plan.hash, piece)) for piece in plan.slices)
     return [Part(p.uri, p.first_row, p.num_rows, f"{run}/{r.key}", r.size, r.ledger) for p, r in receipts]
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from mmray.config import ScoreConfig
+from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
@@ -27,7 +28,13 @@ class ScoringActor(SliceScorer):
     """A scorer among others on a cluster."""
 
     def __init__(
-        self, bundle_uri: str, output_uri: str, plan_hash: str, image_roots: tuple[str, ...], options: ScoreConfig
+        self,
+        bundle_uri: str,
+        output_uri: str,
+        plan_hash: str,
+        image_roots: tuple[str, ...],
+        options: ScoreConfig,
+        carry: Carry | None,
     ) -> None:
         self._run = plan_hash[:8]
         self._meters = ActorMeters(self._run)
@@ -35,9 +42,8 @@ class ScoringActor(SliceScorer):
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._meters.restarted()
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
-        super().__init__(
-            bundle_uri, output_uri, plan_hash, image_roots, options, on_stage=self._meters.stage, feed_of=feed_of
-        )
+        arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
+        super().__init__(*arguments, carry=carry, on_stage=self._meters.stage, feed_of=feed_of)
         self._event("ready", fingerprint=self._predictor.bundle.fingerprint, precision=self._predictor.precision)
 
     def score(self, piece: Slice) -> Receipt:

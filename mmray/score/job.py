@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mmray.config import ScoreConfig
 from mmray.errors import ConfigError
+from mmray.score.carry import Carry
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, describe, make_plan
@@ -82,10 +83,11 @@ def score_plan(
     output: str,
     options: ScoreConfig,
     *,
+    carry: Carry | None = None,
     on_start: Callable[[Plan, int], None] = lambda plan, done: None,
     on_slice: Progress = lambda ledger: None,
 ) -> ScoreResult:
-    """Scores what a plan of these says; see `score_table`."""
+    """Scores what a plan of these says, `carry` aside; see `score_table`."""
     started = time.perf_counter()
     target = Output(output)
     target.claim(plan, describe(plan, bundle, table))
@@ -98,7 +100,7 @@ def score_plan(
     on_start(plan, len(done))
     receipts, times = [], []
     if todo:
-        for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options):
+        for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options, carry):
             receipts.append(receipt)
             times.append((time.perf_counter(), receipt.ledger.rows))
             on_slice(receipt.ledger)
@@ -107,7 +109,9 @@ def score_plan(
     return ScoreResult(output, ledger, len(plan.slices), len(todo), time.perf_counter() - started, _steady_rate(times))
 
 
-def _run(bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig) -> Iterator[Receipt]:
+def _run(
+    bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig, carry: Carry | None
+) -> Iterator[Receipt]:
     # Ray is loaded only where there is work: a finished run answers without it.
     from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
     from mmray.placement import place
@@ -117,7 +121,7 @@ def _run(bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: S
 
     with cluster(cpus_for(options)):
         placement = place(options, len(todo))
-        arguments = (bundle, output, plan.hash, plan.image_roots, placement.options)
+        arguments = (bundle, output, plan.hash, plan.image_roots, placement.options, carry)
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
         try:
             for row in map_slices(todo, ScoringActor, arguments, placement, f"mmray score {plan.hash[:8]}"):

@@ -27,10 +27,12 @@ class Ledger:
     """Modalities used -> rows."""
     histogram: tuple[int, ...] = (0,) * HISTOGRAM_BINS
     """Scored rows by score, in equal bins over the bundle's score range; what lies outside counts at the ends."""
+    carried: int = 0
+    """Rows that took over what they had been given before."""
 
     @classmethod
-    def of(cls, table: pa.Table, score_range: tuple[float, float]) -> "Ledger":
-        """Counts a scored table."""
+    def of(cls, table: pa.Table, score_range: tuple[float, float], carried: int = 0) -> "Ledger":
+        """Counts a scored table, `carried` rows of which were not scored now."""
         statuses = table["status"].to_pylist()
         reasons = table["reason"].to_pylist()
         scores = table["score"].drop_null().to_numpy()
@@ -41,21 +43,23 @@ class Ledger:
             reasons=dict(Counter(f"{s}/{r}" for s, r in zip(statuses, reasons, strict=True) if r)),
             modalities=dict(Counter(table["modalities_used"].to_pylist())),
             histogram=tuple(int(count) for count in counts),
+            carried=carried,
         )
 
     @classmethod
     def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
         """Adds ledgers up."""
-        rows, statuses, reasons, modalities = 0, Counter[str](), Counter[str](), Counter[str]()
+        rows, carried, statuses, reasons, modalities = 0, 0, Counter[str](), Counter[str](), Counter[str]()
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         for ledger in ledgers:
             rows += ledger.rows
+            carried += ledger.carried
             statuses.update(ledger.statuses)
             reasons.update(ledger.reasons)
             modalities.update(ledger.modalities)
             histogram += np.asarray(ledger.histogram)
         assert rows == statuses.total() == modalities.total(), "a ledger balances"
-        return cls(rows, dict(statuses), dict(reasons), dict(modalities), tuple(int(n) for n in histogram))
+        return cls(rows, dict(statuses), dict(reasons), dict(modalities), tuple(int(n) for n in histogram), carried)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Ledger":

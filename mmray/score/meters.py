@@ -56,7 +56,8 @@ class ActorMeters:
         ok = {f"{Status.OK.value}/": receipt.ledger.count(Status.OK)}
         for name, rows in {**ok, **receipt.ledger.reasons}.items():
             status, _, reason = name.partition("/")
-            self._rows.inc(rows, {"status": status, "reason": reason, **self._tags})
+            if rows:  # Ray refuses to count none
+                self._rows.inc(rows, {"status": status, "reason": reason, **self._tags})
 
 
 class RunMeters:

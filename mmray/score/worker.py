@@ -14,6 +14,7 @@ from mmray import __version__
 from mmray.bundle import Bundle, load_bundle
 from mmray.config import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
+from mmray.score.carry import Carry
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
@@ -31,6 +32,7 @@ class SliceScorer:
         image_roots: tuple[str, ...],
         options: ScoreConfig,
         *,
+        carry: Carry | None = None,
         on_stage: OnStage = lambda stage, seconds: None,
         feed_of: Callable[[Bundle], Feed] | None = None,
     ) -> None:
@@ -42,6 +44,7 @@ class SliceScorer:
             plan_hash: which run it is.
             image_roots: folders and URIs that images may be read from.
             options: precision, batch size, threads, device.
+            carry: where to look for rows that were scored before.
             on_stage: called with `read`, `prepare`, `forward` or `commit` and the seconds that something took there.
             feed_of: makes who prepares batches; by default this process does.
 
@@ -52,7 +55,8 @@ class SliceScorer:
         source = ImageSource(image_roots, bundle.config.image.max_bytes)
         feed = feed_of(bundle) if feed_of else None
         self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=on_stage)
-        self._output, self._plan_hash, self._on_stage = Output(output_uri), plan_hash, on_stage
+        self._output, self._plan_hash = Output(output_uri), plan_hash
+        self._carry, self._on_stage = carry, on_stage
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         receipts = [self.score(piece) for piece in slices_from_arrow(rows)]
@@ -61,8 +65,11 @@ class SliceScorer:
     def score(self, piece: Slice) -> Receipt:
         """Scores and commits one slice."""
         rows = timed(self._on_stage, "read", read_slice, piece)
-        scored = self._predictor.score(rows)
-        ledger = Ledger.of(scored, self._predictor.bundle.score_range)
+        if self._carry is None:
+            scored, carried = self._predictor.score(rows), 0
+        else:
+            scored, carried = self._carry.score(piece, rows, self._predictor)
+        ledger = Ledger.of(scored, self._predictor.bundle.score_range, carried)
         provenance = {
             "fingerprint": self._predictor.bundle.fingerprint,
             "precision": self._predictor.precision,

@@ -1,0 +1,14 @@
+"""When the holder of a lease last showed that it lives; `time()` minus it is the lease's age."""
+
+import time
+
+import ray
+from ray.util.metrics import Gauge
+
+
+def beat() -> None:
+    """Exports the time of a beat for Prometheus, where this process is connected to a cluster."""
+    if ray.is_initialized():
+        Gauge("mmray_lease_beat_timestamp_seconds", "When the holder of the lease last showed that it lives.").set(
+            time.time()
+        )
