@@ -326,13 +326,18 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parts.scheme, parts.path
 
 
+def as_url(uri: str) -> str:
+    """Returns the URI of a bucket's folder as a URL: `#`, `?` and `%` are signs of a key like any other."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    return f"{scheme}://{bucket}/{quote(prefix)}"
+
+
 @cache
 def _remote(uri: str) -> Any:
     from obstore.store import from_url
 
-    scheme, _, rest = uri.partition("://")
-    bucket, _, prefix = rest.partition("/")
     try:
-        return from_url(f"{scheme}://{bucket}/{quote(prefix)}")  # `#`, `?` and `%` are signs of a key like any other
+        return from_url(as_url(uri))
     except Exception as error:  # obstore raises several unrelated classes for a malformed URL or missing settings
         raise ConfigError(f"cannot open {uri}: {str(error).splitlines()[0]}") from error

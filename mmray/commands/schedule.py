@@ -1,4 +1,4 @@
-"""`mmray tick` and `published`: scoring on a schedule."""
+"""`mmray tick`, `published` and `register`: scoring on a schedule."""
 
 import argparse
 from typing import Any
@@ -10,6 +10,7 @@ def register(commands: Any) -> None:
     """Adds these commands to the parser."""
     _add_tick(commands)
     _add_published(commands)
+    _add_register(commands)
 
 
 def _add_tick(commands: Any) -> None:
@@ -64,3 +65,26 @@ def _published(args: argparse.Namespace) -> None:
     from mmray.schedule.published import read_published
 
     print("\n".join(read_published(args.root).files(args.root)))
+
+
+def _add_register(commands: Any) -> None:
+    register = commands.add_parser(
+        "register",
+        help="make what is published under a root a Delta table",
+        description="Make the files that are published under ROOT the newest version of a Delta table at ROOT; they "
+        "stay where they are. Safe to run twice, or at the same time as another: `mmray tick ... && mmray register "
+        "ROOT`. Needs `pip install 'mmray[delta]'`. Older versions cannot be read any more once a tick has removed "
+        "the lists that had their files (--keep), as after a VACUUM; the newest version always can.",
+    )
+    register.add_argument("root", metavar="ROOT")
+    register.set_defaults(run=_register)
+
+
+def _register(args: argparse.Namespace) -> None:
+    from mmray.errors import ConfigError
+
+    try:
+        from mmray.schedule.delta import register
+    except ImportError as error:  # an extra
+        raise ConfigError(f"a Delta table needs deltalake ({error}); run pip install 'mmray[delta]'") from error
+    print("\n".join(register(args.root).lines()))

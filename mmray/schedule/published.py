@@ -1,6 +1,7 @@
 """What is published under a root: numbered lists of scored files, each created once and whole; the highest counts.
 
     ROOT/published/<number>.parquet            one row per scored file; the totals in its metadata
+    ROOT/registered/<number>.parquet           a copy of the list that a Delta table stands for: its runs stay
     ROOT/runs/<number>-<hash8>/data/*.parquet  the files: outputs of `mmray score`, each verifiable on its own
 
 A reader takes the highest number, and has a complete table. Two writers of one number: the store lets one of them win.
@@ -20,8 +21,7 @@ from mmray.score.commit import METADATA_KEY
 from mmray.score.ledger import Ledger
 from mmray.store import Entry, Store, open_store
 
-FOLDER, RUNS = "published", "runs"
-_POINTER = re.compile(rf"{FOLDER}/(\d{{9}})\.parquet")
+FOLDER, REGISTERED, RUNS = "published", "registered", "runs"
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,30 @@ class Published:
         return cls(**header, parts=tuple(Part(**row) for row in rows))
 
 
-def pointer(number: int) -> str:
+def pointer(number: int, folder: str = FOLDER) -> str:
     """Returns the key of a number's list."""
-    return f"{FOLDER}/{number:09d}.parquet"
+    return f"{folder}/{number:09d}.parquet"
 
 
-def numbers(store: Store) -> list[int]:
-    """Returns the numbers that are published, in order."""
-    return sorted(int(match[1]) for key in store.list(FOLDER) if (match := _POINTER.fullmatch(key)))
+def numbers(store: Store, folder: str = FOLDER) -> list[int]:
+    """Returns the numbers whose lists are in a folder, in order."""
+    matches = (re.fullmatch(rf"{folder}/(\d{{9}})\.parquet", key) for key in store.list(folder))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def latest(store: Store) -> Published | None:
     """Returns what is published now, or None before the first time."""
-    found = numbers(store)
-    return Published.from_parquet(store.read(pointer(found[-1]))) if found else None
+    while found := numbers(store):
+        if (published := _read(store, pointer(found[-1]))) is not None:
+            return published  # else a tick that keeps few has published the next ones meanwhile
+    return None
+
+
+def _read(store: Store, key: str) -> Published | None:
+    try:
+        return Published.from_parquet(store.read(key))
+    except FileNotFoundError:
+        return None
 
 
 def read_published(root: str) -> Published:
@@ -115,22 +125,48 @@ def read_published(root: str) -> Published:
     Raises:
         TableError: nothing is.
     """
-    found = latest(open_store(root))
+    return _published(open_store(root))
+
+
+def _published(store: Store) -> Published:
+    found = latest(store)
     if found is None:
-        raise TableError(f"nothing is published under {root!r}; `mmray tick` publishes")
+        raise TableError(f"nothing is published under {store.uri!r}; `mmray tick` publishes")
     return found
+
+
+def hold_published(store: Store) -> Published:
+    """Returns what is published, and makes its runs stay until `release_before` a later number.
+
+    Raises:
+        TableError: nothing is.
+    """
+    while True:
+        published = _published(store)
+        store.create(pointer(published.number, REGISTERED), published.to_parquet())
+        # Who removes the list from now on sees the copy: `keep_last` looks for copies after it has removed lists.
+        if store.stat(pointer(published.number)) is not None:
+            return published
+
+
+def release_before(store: Store, number: int) -> None:
+    """Lets go of the runs that `hold_published` made stay for smaller numbers."""
+    for held in numbers(store, REGISTERED):
+        if held < number:
+            store.delete(pointer(held, REGISTERED))
 
 
 def keep_last(store: Store, keep: int) -> int:
     """Removes all but the last lists, and the runs that none of them needs; returns how many runs.
 
-    Runs of numbers that are not published yet stay: somebody may be at work there.
+    Runs of numbers that are not published yet stay: somebody may be at work there. So do those that are held.
     """
     found = numbers(store)
     for number in found[:-keep]:
         store.delete(pointer(number))
     kept = [Published.from_parquet(store.read(pointer(number))) for number in found[-keep:]]
-    needed = set[str]().union(*(published.runs for published in kept))
+    held = [_read(store, pointer(number, REGISTERED)) for number in numbers(store, REGISTERED)]  # or let go meanwhile
+    needed = set[str]().union(*(published.runs for published in [*kept, *held] if published is not None))
     removed = set[str]()
     for key in store.list(RUNS):
         run = "/".join(key.split("/")[:2])
