@@ -22,13 +22,22 @@ import ray.exceptions
 from mmray import errors
 from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
-from mmray.placement import SPARE_CPUS, Placement
+from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
 
 MAX_RETRIES = 3  # of an actor and of a slice on it; Ray's own default is for ever
 MAX_BLOCKS = 4096  # of slices on their way through Ray Data
 RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
+LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
 CALLS_PER_ACTOR = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
+_OURS = r"^mmray\.errors\.(\w+): (.+)$"  # as a remote traceback ends with our own errors
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -76,19 +85,41 @@ def cpus_for(options: ScoreConfig) -> int:
 
 
 def map_slices(
-    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], placement: Placement, name: str
+    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig, name: str
 ) -> Iterator[dict[str, Any]]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
+    A process or node that is lost costs time: what is left begins anew on what is there, as long as some gets done.
+
     Args:
         slices: the work, at least one; each slice goes to one actor whole.
-        worker: class of the actors; called with a pyarrow table of one slice, as `slices_to_arrow` makes it.
-        arguments: of the worker's constructor.
-        placement: the pool.
+        worker: class of the actors; called with a pyarrow table of one slice, as `slices_to_arrow` makes it; gives one
+            row for it, with its index as `slice`.
+        arguments: of the worker's constructor; the options, settled, come after them.
+        options: size and place of the pool.
         name: of the work, on Ray's dashboard.
     """
-    options = placement.options
     _check_gpus(options.gpus_per_actor)
+    left = list(slices)
+    while left:
+        done = set[int]()
+        try:
+            for row in _one_pass(left, worker, arguments, options, name):
+                done.add(row["slice"])
+                yield row
+            return
+        except RAY_ERRORS as error:
+            if not done or not _is_loss(error):
+                raise
+            _log.warning("a process or its node was lost; %s slices begin anew on the others", len(left) - len(done))
+            # Those that were at work then come last, in case it was one of them.
+            left = sorted((s for s in left if s.index not in done), key=lambda piece: piece.index < max(done))
+
+
+def _one_pass(
+    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig, name: str
+) -> Iterator[dict[str, Any]]:
+    placement = place(options, len(slices))
     pool = ray.data.ActorPoolStrategy(
         min_size=placement.min_actors,
         max_size=placement.max_actors,
@@ -98,7 +129,7 @@ def map_slices(
     rows = over_slices(
         slices,
         worker,
-        fn_constructor_args=arguments,
+        fn_constructor_args=(*arguments, placement.options),
         compute=pool,
         num_cpus=placement.num_cpus,
         num_gpus=options.gpus_per_actor,
@@ -108,6 +139,13 @@ def map_slices(
     )
     rows.set_name(name)
     yield from rows.iter_rows()
+
+
+def _is_loss(error: BaseException | None) -> bool:
+    """Whether an error says that a process or node went away, and not that ours failed in it."""
+    if error is None or re.search(_OURS, str(error), re.MULTILINE):
+        return False
+    return isinstance(error, LOSSES) or _is_loss(error.__cause__)
 
 
 def _check_gpus(gpus_per_actor: float) -> None:
@@ -140,7 +178,7 @@ def unwrap(error: BaseException, what: str) -> MmrayError:
     """
     texts = [str(error), *map(str, getattr(error, "worker_failures", {}).values())]
     for text in texts:
-        for name, message in re.findall(r"^mmray\.errors\.(\w+): (.+)$", text, re.MULTILINE):
+        for name, message in re.findall(_OURS, text, re.MULTILINE):
             return getattr(errors, name)(message)  # type: ignore[no-any-return]
     lines = [line for line in texts[-1].splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
     cause = lines[0] if lines else texts[-1].strip().partition("\n")[0] or type(error).__name__

@@ -18,7 +18,6 @@ from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import confusion_matrix, measure
-from mmray.placement import place
 from mmray.predictor import Predictor, column_of
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
@@ -64,10 +63,9 @@ def evaluate_bundle(
     slices, roots = _plan(info, table, options, split)
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
     with cluster(cpus_for(options)):
-        placement = place(options, len(slices))
         try:
-            arguments = (open_store(bundle).uri, roots, placement.options, split)
-            rows = list(map_slices(slices, SlicePredictor, arguments, placement, "mmray evaluate"))
+            arguments = (open_store(bundle).uri, roots, split)
+            rows = list(map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"))
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
     parts = [_unpack(row) for row in sorted(rows, key=lambda row: row["slice"])]
@@ -77,7 +75,7 @@ def evaluate_bundle(
 class SlicePredictor:
     """Predicts the labelled rows of slices; an actor of the pool."""
 
-    def __init__(self, bundle: str, roots: Sequence[str], options: ScoreConfig, split: str | None) -> None:
+    def __init__(self, bundle: str, roots: Sequence[str], split: str | None, options: ScoreConfig) -> None:
         loaded = load_bundle(bundle)
         source = ImageSource(roots, loaded.config.image.max_bytes)
         self._predictor = Predictor.on_this_worker(loaded, source, options)

@@ -33,8 +33,8 @@ class ScoringActor(SliceScorer):
         output_uri: str,
         plan_hash: str,
         image_roots: tuple[str, ...],
-        options: ScoreConfig,
         carry: Carry | None,
+        options: ScoreConfig,
     ) -> None:
         self._run = plan_hash[:8]
         self._meters = ActorMeters(self._run)
@@ -44,7 +44,8 @@ class ScoringActor(SliceScorer):
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
         arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
         super().__init__(*arguments, carry=carry, on_stage=self._meters.stage, feed_of=feed_of)
-        self._event("ready", fingerprint=self._predictor.bundle.fingerprint, precision=self._predictor.precision)
+        node = ray.get_runtime_context().get_node_id()
+        self._event("ready", node=node, fingerprint=self._predictor.bundle.fingerprint)
 
     def score(self, piece: Slice) -> Receipt:
         """Scores, commits, counts and logs one slice."""

@@ -114,17 +114,15 @@ def _run(
 ) -> Iterator[Receipt]:
     # Ray is loaded only where there is work: a finished run answers without it.
     from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
-    from mmray.placement import place
     from mmray.score.actor import ScoringActor
     from mmray.score.meters import RunMeters
     from mmray.score.worker import receipt_from_row
 
     with cluster(cpus_for(options)):
-        placement = place(options, len(todo))
-        arguments = (bundle, output, plan.hash, plan.image_roots, placement.options, carry)
+        arguments = (bundle, output, plan.hash, plan.image_roots, carry)
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
         try:
-            for row in map_slices(todo, ScoringActor, arguments, placement, f"mmray score {plan.hash[:8]}"):
+            for row in map_slices(todo, ScoringActor, arguments, options, f"mmray score {plan.hash[:8]}"):
                 meters.slice_done()
                 yield receipt_from_row(row)
         except RAY_ERRORS as error:

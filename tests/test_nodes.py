@@ -1,0 +1,174 @@
+"""Scoring on a cluster of three nodes: who prepares rows, on which nodes, how many processes; a node that is lost."""
+
+import json
+import re
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset
+import pytest
+import ray
+from models import colour_table, score_in_process, small_bundle, with_golden
+from ray.cluster_utils import Cluster
+
+from mmray.bundle import save_bundle
+from mmray.cluster import cluster
+from mmray.config import ScoreConfig
+from mmray.errors import ConfigError
+from mmray.placement import place
+from mmray.score.job import score_table
+from mmray.score.verify import verify_output
+
+pytestmark = pytest.mark.ray
+NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+ROWS = 240
+
+
+class Nodes:
+    """A cluster on this machine, and what its nodes say."""
+
+    def __init__(self, folder: str) -> None:
+        head = {"num_cpus": 2, "temp_dir": folder, "_system_config": {"metrics_report_interval_ms": 500}, **NODE}
+        self.cluster, self._folder = Cluster(initialize_head=True, head_node_args=head), folder
+        self.labelled = self.cluster.add_node(num_cpus=2, labels={"purpose": "scoring"}, **NODE)
+        self.cluster.add_node(num_cpus=2, labels={"purpose": "other"}, **NODE)
+
+    def events(self, run: str) -> list[dict[str, Any]]:
+        """What the processes of a run have logged."""
+        logs = {log.resolve() for log in Path(self._folder).glob("session_*/logs/worker-*.err")}
+        lines = [line for log in logs for line in log.read_text().splitlines() if line.startswith('{"event"')]
+        return [event for event in map(json.loads, set(lines)) if event["run"] == run]
+
+    def metrics(self) -> str:
+        """What Prometheus would read from all nodes."""
+        ports = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
+        pages = (urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") for port in ports)
+        return "\n".join(page.read().decode() for page in pages)
+
+    def measured(self, pattern: str) -> float:
+        """The sum of the samples that a pattern matches."""
+        return sum(float(value) for value in re.findall(rf"^{pattern} ([\d.e+]+)$", self.metrics(), re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mmray-", dir="/tmp") as folder:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        nodes = Nodes(folder)
+        patch.setenv("RAY_ADDRESS", nodes.cluster.address)
+        with cluster():
+            yield nodes
+        nodes.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_table(tmp_path_factory.mktemp("rows"), rows=ROWS)
+
+
+@pytest.fixture(scope="module")
+def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    save_bundle(with_golden(small_bundle(), rows), str(folder))
+    return str(folder)
+
+
+def run_of(output: Path) -> str:
+    return str(json.loads((output / "_mmray" / "run.json").read_text())["plan_hash"][:8])
+
+
+def scored(output: Path) -> list[dict[str, Any]]:
+    table = pyarrow.dataset.dataset(str(output / "data")).to_table()
+    found: list[dict[str, Any]] = table.sort_by("id").to_pylist()
+    return found
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.2)
+
+
+def test_rows_prepared_by_tasks_of_other_nodes_get_the_scores_of_one_process(
+    nodes: Nodes, rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    options = ScoreConfig(
+        placement="cluster", num_actors=2, min_actors=1, slice_rows=20, node_labels={"purpose": "scoring"}
+    )
+    result = score_table(bundle, str(rows), str(tmp_path / "out"), options)
+    assert result.ledger.statuses == {"ok": ROWS}
+    assert verify_output(str(tmp_path / "out"), 2).passed
+    score_in_process(bundle, str(rows), str(tmp_path / "alone"))
+    for got, want in zip(scored(tmp_path / "out"), scored(tmp_path / "alone"), strict=True):
+        assert got.pop("score") == pytest.approx(want.pop("score"), abs=1e-6)
+        assert got.pop("image_weight") == pytest.approx(want.pop("image_weight"), abs=1e-6)
+        assert got == want
+    events = nodes.events(run_of(tmp_path / "out"))
+    ready = [event for event in events if event["event"] == "ready"]
+    assert {event["node"] for event in ready} == {nodes.labelled.node_id}
+    assert sorted(event["slice"] for event in events if event["event"] == "slice committed") == list(
+        range(result.num_slices)
+    )
+    until(lambda: nodes.measured(r'ray_tasks\{[^}]*Name="_prepare"[^}]*State="FINISHED"[^}]*\}') >= ROWS / 32)
+
+
+def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:
+    output, labels = tmp_path / "out", {"purpose": "other"}
+    doomed, lost = nodes.cluster.add_node(num_cpus=1, labels=labels, **NODE), list[int]()
+
+    def lose(ledger: Any) -> None:
+        ready = {event["node"] for event in nodes.events(run_of(output)) if event["event"] == "ready"}
+        if doomed.node_id in ready and not lost:
+            nodes.cluster.remove_node(doomed, allow_graceful=False)
+            lost.append(len(list((output / "data").iterdir())))
+
+    # Three processes fit there only with one of them on the node that goes.
+    options = ScoreConfig(slice_rows=1, num_actors=3, node_labels=labels)
+    result = score_table(bundle, str(rows), str(output), options, on_slice=lose)
+    assert lost, "a process was at work there"
+    assert lost[0] < ROWS, "and slices were left"
+    assert result.ledger.statuses == {"ok": ROWS}
+    assert verify_output(str(output), 2).passed
+
+
+def test_prometheus_reads_what_was_scored(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:
+    table = pyarrow.parquet.read_table(rows / "part-0.parquet")
+    table = table.set_column(
+        1, "image_path", pyarrow.array(["nowhere.jpg"] * 10 + table["image_path"].to_pylist()[10:])
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    options = ScoreConfig(image_roots=(str(rows),), slice_rows=30, num_actors=2)
+    score_table(bundle, str(tmp_path / "rows.parquet"), str(tmp_path / "out"), options)
+    run = rf'[^}}]*run="{run_of(tmp_path / "out")}"[^}}]*'
+    until(lambda: nodes.measured(rf"ray_mmray_slices_total\{{{run}\}}") == 4)
+    assert nodes.measured(rf'ray_mmray_rows_total\{{{run}status="ok"[^}}]*\}}') == 110
+    assert nodes.measured(rf'ray_mmray_rows_total\{{[^}}]*reason="MISSING"{run}status="degraded"[^}}]*\}}') == 10
+    for stage in ("read", "prepare", "forward", "commit"):
+        assert nodes.measured(rf'ray_mmray_stage_seconds_count\{{{run}stage="{stage}"[^}}]*\}}') >= 4
+    until(lambda: nodes.measured(rf'ray_mmray_run_slices\{{{run}state="done"[^}}]*\}}') == 4)
+    assert nodes.measured(rf"ray_mmray_slices_in_flight\{{{run}\}}") == 0
+
+
+def test_pools_that_could_not_work_are_refused_and_others_settled(nodes: Nodes) -> None:
+    with pytest.raises(ConfigError, match="6 processes hold every CPU of 6"):
+        place(ScoreConfig(placement="cluster", num_actors=6), 100)
+    alone = place(ScoreConfig(), 100)
+    assert (alone.min_actors, alone.max_actors, alone.options.placement) == (5, 5, "local")
+    few = place(ScoreConfig(min_actors=2), 3)
+    assert (few.min_actors, few.max_actors) == (2, 3), "no more than there are slices"
+
+
+def test_gpus_that_outrun_their_own_cpus_are_fed_by_the_others(nodes: Nodes) -> None:
+    gpus = nodes.cluster.add_node(num_cpus=4, num_gpus=2, **NODE)
+    try:
+        fed = place(ScoreConfig(gpus_per_actor=0.5), 100)
+        assert (fed.max_actors, fed.num_cpus, fed.options.placement) == (4, 0, "cluster")
+        own = place(ScoreConfig(gpus_per_actor=1, placement="local"), 100)
+        assert (own.max_actors, own.num_cpus, own.options.decode_threads) == (2, 1, 1)
+    finally:
+        nodes.cluster.remove_node(gpus)
