@@ -10,11 +10,11 @@ import ray
 ROOT = Path(__file__).parents[1]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "mmray.json").read_text())
 SUFFIXES = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}
-# Those of scoring, until mmray/score/meters.py is there.
+# Those of scoring and ticks, until mmray/score/meters.py is there.
 PLANNED = {
-    "Counter": ["mmray_rows", "mmray_slices", "mmray_actor_restarts", "mmray_store_retries"],
-    "Gauge": ["mmray_slices_in_flight", "mmray_lease_age_seconds", "mmray_run_slices"],
-    "Histogram": ["mmray_slice_seconds"],
+    "Counter": ["mmray_rows", "mmray_slices", "mmray_actor_restarts"],
+    "Gauge": ["mmray_slices_in_flight", "mmray_run_slices", "mmray_lease_beat_timestamp_seconds"],
+    "Histogram": ["mmray_stage_seconds"],
 }
 
 
