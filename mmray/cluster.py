@@ -12,6 +12,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -36,6 +37,7 @@ LOSSES = (
     ray.exceptions.OutOfMemoryError,
 )
 CALLS_PER_ACTOR = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
 _OURS = r"^mmray\.errors\.(\w+): (.+)$"  # as a remote traceback ends with our own errors
 _log = logging.getLogger(__name__)
 
@@ -75,8 +77,13 @@ def given_address() -> str | None:
 
 
 def local_cpus() -> int:
-    """Returns the CPUs this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Returns the CPUs this process may use: those it is bound to, or a container's share of them."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path(CPU_QUOTA).read_text().split()
+        return max(min(bound, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # no cgroup, or no quota in it
+        return bound
 
 
 def cpus_for(options: ScoreConfig) -> int:

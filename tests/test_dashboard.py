@@ -10,20 +10,12 @@ import ray
 ROOT = Path(__file__).parents[1]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "mmray.json").read_text())
 SUFFIXES = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}
-# Those of scoring and ticks, until mmray/score/meters.py is there.
-PLANNED = {
-    "Counter": ["mmray_rows", "mmray_slices", "mmray_actor_restarts"],
-    "Gauge": ["mmray_slices_in_flight", "mmray_run_slices", "mmray_lease_beat_timestamp_seconds"],
-    "Histogram": ["mmray_stage_seconds"],
-}
 
 
 def defined() -> dict[str, list[str]]:
     """mmray's metrics as Prometheus sees them: each with the names it comes under."""
     code = "\n".join(file.read_text() for file in (ROOT / "mmray").rglob("*.py"))
     found = re.findall(r'\b(Counter|Gauge|Histogram)\(\s*"(mmray_\w+)"', code)
-    if not (ROOT / "mmray" / "score" / "meters.py").exists():
-        found += [(kind, name) for kind, names in PLANNED.items() for name in names]
     return {name: [f"ray_{name}{suffix}" for suffix in SUFFIXES[kind]] for kind, name in found}
 
 

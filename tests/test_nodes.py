@@ -46,12 +46,19 @@ class Nodes:
     def metrics(self) -> str:
         """What Prometheus would read from all nodes."""
         ports = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
-        pages = (urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") for port in ports)
-        return "\n".join(page.read().decode() for page in pages)
+        return "\n".join(page_of(f"http://127.0.0.1:{port}/metrics") for port in ports)
 
     def measured(self, pattern: str) -> float:
         """The sum of the samples that a pattern matches."""
         return sum(float(value) for value in re.findall(rf"^{pattern} ([\d.e+]+)$", self.metrics(), re.MULTILINE))
+
+
+def page_of(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url) as page:
+            return str(page.read().decode())
+    except OSError:  # a node's exporter is up a while after the node
+        return ""
 
 
 @pytest.fixture(scope="module")

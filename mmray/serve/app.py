@@ -6,6 +6,7 @@ command line's, on the cluster that `RAY_ADDRESS` names or on one of its own, wi
 
 import asyncio
 import logging
+import os
 import signal
 import ssl
 import threading
@@ -19,6 +20,7 @@ from urllib.request import HTTPSHandler, ProxyHandler
 
 import ray
 from fastapi import FastAPI
+from pydantic import SecretStr
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 
@@ -85,14 +87,16 @@ class Endpoint:
 
 
 def build_app(args: ServeArgs) -> serve.Application:
-    """Returns the application that a Serve config file names.
+    """Returns the application that a Serve config file names; `MMRAY_TOKEN` is its token where the file has none.
 
     Raises:
         ConfigError: a setting is given that is not the application's own.
     """
     if wrong := args.settings.of_the_listener:
         raise ConfigError(f"{', '.join(sorted(wrong))}: not here; http_options of the Serve config has host and port")
-    return application(args.bundle, args.settings)
+    given = os.environ.get("MMRAY_TOKEN")
+    token = args.settings.token or (SecretStr(given) if given else None)
+    return application(args.bundle, args.settings.model_copy(update={"token": token}))
 
 
 def application(bundle: str, settings: ServeConfig) -> serve.Application:
