@@ -26,7 +26,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def _s3_server() -> Iterator[str]:
+def s3_server() -> Iterator[str]:
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -36,13 +36,13 @@ def _s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of a new bucket on a real S3 server on loopback; the environment leads there, as on a user's machine."""
     import obstore
     from obstore.store import S3Store
 
     for name, value in {
-        "AWS_ENDPOINT_URL": _s3_server,
+        "AWS_ENDPOINT_URL": s3_server,
         "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -52,6 +52,6 @@ def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     import urllib.request
 
-    urllib.request.urlopen(urllib.request.Request(f"{_s3_server}/{bucket}", method="PUT")).close()
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
     assert obstore.list(S3Store(bucket)).collect() == []
     return f"s3://{bucket}"

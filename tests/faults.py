@@ -1,0 +1,86 @@
+"""A store that has bad days: a proxy before a real one that refuses, breaks off, or does as told and says nothing."""
+
+import http.client
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KINDS = ("refused", "broken off", "unanswered")
+
+
+class FaultyStore(ThreadingHTTPServer):
+    """Answers as the store behind it does, but for a share of all requests."""
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str, share: float, seed: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream, self._share, self._random = upstream.removeprefix("http://"), share, random.Random(seed)
+        self.faults: Counter[tuple[str, str]] = Counter()
+        """Method and kind -> how often."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self, method: str) -> str | None:
+        if self._random.random() >= self._share:
+            return None
+        kind = self._random.choice(KINDS)
+        self.faults[method, kind] += 1
+        return kind
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of clients that went away."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyStore
+
+    def _relay(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.fault(self.command)
+        if fault == "refused":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "broken off":
+            self.close_connection = True
+            return
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        upstream.request(self.command, self.path, body, {**self.headers, "Connection": "close"})
+        answer = upstream.getresponse()
+        data = answer.read()
+        if fault == "unanswered":  # but done
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", answer.getheader("Content-Length") or str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_DELETE = do_POST = _relay
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keeps quiet."""
+
+
+@contextmanager
+def faulty(upstream: str, share: float, seed: int = 0) -> Iterator[FaultyStore]:
+    """A store before another for the duration of a `with` block."""
+    server = FaultyStore(upstream, share, seed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
