@@ -3,6 +3,7 @@
     python jobs/benchmark.py score [--rows 4000] [--photos DIR]   scoring beside a bare loop over the same predictor
     python jobs/benchmark.py demo                                 `mmray demo`, stage by stage
     python jobs/benchmark.py tick [--rows 4000] [--photos DIR]    a tenth of new rows beside all of them
+    python jobs/benchmark.py store [--rows 4000] [--photos DIR]   everything in a store that takes 50 ms to answer
     python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
 All but `demo` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings), texts
@@ -29,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmark_serve import ROWS, measure_serving
+from benchmark_store import measure_store
 
 SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
 NUM_FILES = 8
@@ -39,7 +41,7 @@ MIN_ROWS = 16  # of a tick that does next to nothing
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["score", "demo", "tick", "serve"])
+    parser.add_argument("what", choices=["score", "demo", "tick", "store", "serve"])
     parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
@@ -56,6 +58,10 @@ def main() -> None:
             figures = measure_scoring(args, folder)
         elif args.what == "tick":
             figures = measure_ticks(args, folder)
+        elif args.what == "store":
+            make_table(folder / "table", args.rows, args.photos)
+            make_bundle(folder)
+            figures = measure_store(folder, args.repeats, args.processes, run_mmray)
         else:
             table = make_table(folder / "table", ROWS, args.photos)
             figures = measure_serving(make_bundle(folder), table, args.seconds, args.soak)

@@ -5,9 +5,20 @@ The store is a small server on loopback that speaks as much of S3 as a run needs
 
 import asyncio
 import hashlib
+import multiprocessing
+import os
+import re
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+DELAY_S = 0.05
 Answer = tuple[int, dict[str, str], bytes]
 
 
@@ -80,3 +91,59 @@ class SlowStore:
 
 def _tag(data: bytes) -> str:
     return f'"{hashlib.blake2b(data[:64] + data[-64:] + len(data).to_bytes(8, "big"), digest_size=8).hexdigest()}"'
+
+
+def measure_store(
+    folder: Path, repeats: int, processes: int, run_mmray: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns rates of `mmray score` with everything in a store, at no latency and at `DELAY_S`, taken in turns.
+
+    Args:
+        folder: holds `table` and `bundle`.
+        repeats: runs of each.
+        processes: that score.
+        run_mmray: runs a command.
+    """
+    rates: dict[float, list[float]] = {0.0: [], DELAY_S: []}
+    for _ in range(repeats):
+        for delay_s, found in rates.items():
+            with running(folder, delay_s) as environment:
+                os.environ.update(environment)
+                run = run_mmray("score", "s3://b/bundle", "s3://b/table", "s3://b/out", "--actors", processes)
+            found.append(float(re.findall(r"steady ([\d,]+) rows/s", run["output"])[0].replace(",", "")))
+    ratios = [slow / quick for quick, slow in zip(*rates.values(), strict=True)]
+    steady = {f"{1000 * delay_s:.0f} ms": [round(rate) for rate in found] for delay_s, found in rates.items()}
+    return {
+        "steady_rows_per_s": steady,
+        "slow_to_quick": [round(ratio, 2) for ratio in ratios],
+        "median": round(statistics.median(ratios), 2),
+    }
+
+
+@contextmanager
+def running(folder: Path, delay_s: float) -> Iterator[dict[str, str]]:
+    """Runs a store with the files of a folder, in a process of its own; yields the environment that leads there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_serve, args=(folder, delay_s, port), daemon=True)
+    process.start()
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
+        yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", **keys}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(folder: Path, delay_s: float, port: int) -> None:
+    files = (path for name in ("table", "bundle") for path in (folder / name).rglob("*") if path.is_file())
+    objects = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    asyncio.run(SlowStore(objects, delay_s).serve(port))
