@@ -21,7 +21,7 @@ LAYERS = (
     {"metrics"},
     {"bundle"},
     {"predictor"},
-    {"cluster"},
+    {"cluster", "submit"},
     {"train", "score", "serve"},
     {"evaluate", "parity", "schedule"},
     {"report", "progress"},
@@ -32,6 +32,7 @@ LAYERS = (
 )
 RAY = {
     "mmray/cluster.py",
+    "mmray/submit.py",
     "mmray/train/data.py",
     "mmray/train/rows.py",
     "mmray/train/loop.py",
