@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mmray import __version__
-from mmray.commands import schedule, score, serve, train
+from mmray.commands import schedule, score, serve, submit, train
 from mmray.errors import MmrayError
 
 INTERRUPTED = 130
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MmrayError as error:
         print(f"mmray: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("mmray: interrupted; the same command continues where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"mmray: interrupted; {str(interrupt) or 'the same command continues where it stopped'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `mmray errors OUT | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mmray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, score, schedule, serve):
+    for group in (train, score, schedule, serve, submit):
         group.register(commands)
     return parser
 

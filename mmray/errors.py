@@ -8,7 +8,8 @@ MmrayError                    exit 2
 ├── VerifyError               exit 4   an output does not hold what its input promises
 ├── EnvironmentFaultError     exit 5   the machine, cluster or store failed; the same command resumes
 ├── ErrorBudgetError          exit 6   more rows failed than `--max-error-rate` allows
-└── GateError                 exit 6   a scheduled run is not fit to be published
+├── GateError                 exit 6   a scheduled run is not fit to be published
+└── JobError                  the job's own exit code: a submitted job ended with it
 """
 
 import difflib
@@ -61,6 +62,14 @@ class GateError(MmrayError):
     """A scheduled run is not fit to be published; its data is kept, what is published stays."""
 
     exit_code = 6
+
+
+class JobError(MmrayError):
+    """A submitted job ended with an exit code other than 0."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

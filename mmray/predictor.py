@@ -93,7 +93,7 @@ class Predictor:
             bundle.config, bundle.vocabulary, source, decode_threads=options.decode_threads or 1, reads=options.reads
         )
         self._thread = ThreadPoolExecutor(1)
-        self._feed, self._ahead = (feed, FED_AHEAD) if feed else (self._prepare_beside, 1)
+        self._feed, self._ahead = feed, FED_AHEAD if feed else 1
         self._on_stage = on_stage
         self._turn = threading.Lock()  # two batches at once would only push one another out of the cache
         self.precision: Precision = "fp32"
@@ -156,10 +156,11 @@ class Predictor:
     def _batches(self, columns: Mapping[str, Sequence[Any]]) -> Iterator[Features]:
         # Batches are prepared while the model is at another: decoding releases the interpreter lock, a store's answers
         # take their time, and a GPU would wait for both.
+        feed = self._feed or self._prepare_beside  # not kept: a reference to itself would keep it in memory
         size, num_rows = self.options.batch_size, len(next(iter(columns.values())))
         pending: deque[Future[Features]] = deque()
         for k in range(0, num_rows, size):
-            pending.append(self._feed({name: column[k : k + size] for name, column in columns.items()}))
+            pending.append(feed({name: column[k : k + size] for name, column in columns.items()}))
             if len(pending) > self._ahead:
                 yield pending.popleft().result()
         while pending:

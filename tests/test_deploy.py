@@ -1,13 +1,7 @@
 """The files in deploy/ are what Ray and the project understand, to the letter: a typo fails here."""
 
 import asyncio
-import os
-import secrets
-import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +13,8 @@ from models import colour_table, small_bundle, with_golden
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
-from test_serve import ALONE, replicas
+from ray_head import BIN, Head, running_head
+from test_serve import replicas
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import ConfigError
@@ -28,7 +23,6 @@ from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
-BIN = Path(sys.executable).parent
 
 
 def unknown(section: dict[str, Any], schema: type[BaseModel]) -> set[str]:
@@ -56,53 +50,38 @@ def test_the_serve_config_names_what_there_is() -> None:
         build_app(ServeArgs(bundle=args.bundle, settings=ServeConfig(tls_cert="a", tls_key="b")))
 
 
-class Head:
-    """A Ray cluster that runs on its own, as one on other machines would, and what is deployed on it."""
+class Deployed:
+    """deploy/serve.yaml on a cluster that runs on its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, dashboard = folder, free_port()
-        self._ray = tempfile.mkdtemp(prefix="mmray-", dir="/tmp")  # short, for the paths of its sockets
-        self._env = {**ALONE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        self._env["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
-        self._env["RAY_USAGE_STATS_ENABLED"] = "0"
-        command = ["start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", "--node-ip-address=127.0.0.1"]
-        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={self._ray}"]
-        self.process = subprocess.Popen(
-            [str(BIN / "ray"), *command], env=self._env, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        self.port = free_port()
+    def __init__(self, head: Head, folder: Path) -> None:
+        self.head, self.port, self._file = head, free_port(), folder / "serve.yaml"
 
     def deploy(self, bundle: str) -> None:
-        """Deploys deploy/serve.yaml with another bundle in `user_config`, as its first lines say."""
+        """Deploys it with another bundle in `user_config`, as its first lines say."""
         config = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
         config["http_options"] |= {"host": "127.0.0.1", "port": self.port}
         (application,) = config["applications"]
         application["args"]["bundle"] = "/no/such/bundle"  # the one in user_config counts
         application["deployments"][0]["user_config"] = {"bundle": bundle}
-        file = self._folder / "serve.yaml"
-        file.write_text(yaml.safe_dump(config))
-        subprocess.run([str(BIN / "serve"), "deploy", str(file)], env=self._env, check=True, capture_output=True)
+        self._file.write_text(yaml.safe_dump(config))
+        command = [str(BIN / "serve"), "deploy", str(self._file)]
+        subprocess.run(command, env=self.head.env, check=True, capture_output=True)
 
     def logged(self, words: str) -> bool:
         """Whether a replica has logged these words."""
-        logs = Path(self._ray).glob("session_*/logs/serve/replica_*.log")
-        return any(words in log.read_text() for log in logs)
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # being polite takes Ray half a minute; its workers follow
-        self.process.wait()
-        shutil.rmtree(self._ray, ignore_errors=True)
+        return any(words in log.read_text() for log in self.head.logs.glob("serve/replica_*.log"))
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    head = Head(tmp_path_factory.mktemp("head"))
-    yield head
-    head.stop()
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    with running_head() as head:
+        yield Deployed(head, tmp_path_factory.mktemp("deployed"))
 
 
 @pytest.mark.ray
-def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_request(head: Head, tmp_path: Path) -> None:
+def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_request(
+    deployed: Deployed, tmp_path: Path
+) -> None:
     rows = colour_table(tmp_path / "rows", rows=24)
     bundles = [str(tmp_path / str(seed)) for seed in range(2)]
     for seed, bundle in enumerate(bundles):
@@ -120,29 +99,29 @@ def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_reque
         return found
 
     async def talk() -> None:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{head.port}", timeout=60) as client:
-            await until_ready(client, head, bundles[0])
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{deployed.port}", timeout=60) as client:
+            await until_ready(client, deployed, bundles[0])
             before = replicas()
-            change = asyncio.create_task(asyncio.to_thread(head.deploy, bundles[1]))
+            change = asyncio.create_task(asyncio.to_thread(deployed.deploy, bundles[1]))
             seen = await answers(client, lambda last: last == second, 1000)
             await change
             assert set(seen) == {first, second}
-            await asyncio.to_thread(head.deploy, str(broken))
-            seen = await answers(client, lambda last: head.logged("keeps answering"), 100)
+            await asyncio.to_thread(deployed.deploy, str(broken))
+            seen = await answers(client, lambda last: deployed.logged("keeps answering"), 100)
             assert set(seen) == {second}, "a bad bundle leaves the old one answering"
             assert replicas() == before, "the replicas that ran"
 
     asyncio.run(asyncio.wait_for(talk(), 180))
 
 
-async def until_ready(client: httpx.AsyncClient, head: Head, bundle: str) -> None:
-    deployed = False
+async def until_ready(client: httpx.AsyncClient, deployed: Deployed, bundle: str) -> None:
+    taken = False
     while True:
-        assert head.process.poll() is None, "the cluster did not start"
+        assert deployed.head.process.poll() is None, "the cluster did not start"
         try:
-            if not deployed:
-                await asyncio.to_thread(head.deploy, bundle)
-                deployed = True
+            if not taken:
+                await asyncio.to_thread(deployed.deploy, bundle)
+                taken = True
             if (await client.get("/readyz")).status_code == 200:
                 return
         except (subprocess.CalledProcessError, httpx.TransportError):
