@@ -8,7 +8,8 @@ import io
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -155,33 +156,20 @@ class ObjectStore(Store):
     def create(self, key: str, data: bytes) -> bool:
         import obstore.exceptions as oe
 
-        try:
-            self._store.put(key, data, mode="create", use_multipart=False)
-        except oe.AlreadyExistsError:
-            return False
-        except oe.BaseError as error:
-            raise self._fault("write", key, error) from error
+        with self._asking("write", key, required=True):
+            try:
+                self._store.put(key, data, mode="create", use_multipart=False)
+            except oe.AlreadyExistsError:
+                return False
         return True
 
     def delete(self, key: str) -> None:
-        import obstore.exceptions as oe
-
-        try:
+        with suppress(FileNotFoundError), self._asking("delete", key):
             self._store.delete(key)
-        except (oe.NotFoundError, FileNotFoundError):
-            return
-        except oe.BaseError as error:
-            raise self._fault("delete", key, error) from error
 
     def read(self, key: str) -> bytes:
-        import obstore.exceptions as oe
-
-        try:
+        with self._asking("read", key):
             return bytes(self._store.get(key).bytes())
-        except (oe.NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(self.child(key)) from None
-        except oe.BaseError as error:
-            raise self._fault("read", key, error) from error
 
     def read_at_most(self, key: str, limit: int) -> bytes | int:
         """Returns an object's bytes, or its size where it has more than a limit: one request either way.
@@ -189,16 +177,10 @@ class ObjectStore(Store):
         Raises:
             FileNotFoundError: there is no such object.
         """
-        import obstore.exceptions as oe
-
-        try:
+        with self._asking("read", key):
             found = self._store.get(key)
             size = int(found.meta["size"])
             return bytes(found.bytes()) if size <= limit else size
-        except (oe.NotFoundError, FileNotFoundError):
-            raise FileNotFoundError(self.child(key)) from None
-        except oe.BaseError as error:
-            raise self._fault("read", key, error) from error
 
     def open(self, key: str) -> BinaryIO:
         entry = self.stat(key)
@@ -208,39 +190,42 @@ class ObjectStore(Store):
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Returns some bytes of an object."""
-        import obstore.exceptions as oe
-
-        try:
+        with self._asking("read", key, required=True):
             return bytes(self._store.get_range(key, start=start, length=length))
-        except oe.BaseError as error:
-            raise self._fault("read", key, error) from error
 
     def stat(self, key: str) -> Entry | None:
-        import obstore.exceptions as oe
-
         try:
-            meta = self._store.head(key)
-        except (oe.NotFoundError, FileNotFoundError):
+            with self._asking("look up", key):
+                return _entry(self._store.head(key))
+        except FileNotFoundError:
             return None
-        except oe.BaseError as error:
-            raise self._fault("look up", key, error) from error
-        return Entry(meta["size"], meta["e_tag"] or str(meta["last_modified"]))
 
     def list(self, prefix: str = "") -> dict[str, Entry]:
+        with self._asking("list", prefix, required=True):
+            metas = [meta for page in self._store.list(prefix or None) for meta in page]
+        return dict(sorted((meta["path"], _entry(meta)) for meta in metas))
+
+    @contextmanager
+    def _asking(self, verb: str, key: str, *, required: bool = False) -> Iterator[None]:
+        """Turns what obstore raises into a fault of the store; absence too if `required`, else FileNotFoundError."""
         import obstore.exceptions as oe
 
         try:
-            metas = [meta for page in self._store.list(prefix or None) for meta in page]
-        except oe.BaseError as error:
-            raise self._fault("list", prefix, error) from error
-        entries = {m["path"]: Entry(m["size"], m["e_tag"] or str(m["last_modified"])) for m in metas}
-        return dict(sorted(entries.items()))
+            yield
+        except (oe.BaseError, FileNotFoundError) as error:
+            if not required and isinstance(error, oe.NotFoundError | FileNotFoundError):
+                raise FileNotFoundError(self.child(key)) from None
+            raise self._fault(verb, key, error) from error
 
     def _fault(self, verb: str, key: str, error: Exception) -> EnvironmentFaultError:
         cause = str(error).splitlines()[0][:300]
         return EnvironmentFaultError(
             f"cannot {verb} {self.child(key)}: {cause}; check the store and the credentials, then run again"
         )
+
+
+def _entry(meta: Any) -> Entry:
+    return Entry(meta["size"], meta["e_tag"] or str(meta["last_modified"]))
 
 
 class _RemoteFile(io.RawIOBase):
