@@ -212,7 +212,7 @@ def bare_loop(bundle: Path, table: Path, processes: int) -> float:
 
 def _score_share(bundle: str, table: str, first: int, step: int, barrier: Any, done: Any) -> None:
     from mmray.bundle import load_bundle
-    from mmray.config import ScoreConfig
+    from mmray.options import ScoreConfig
     from mmray.predictor import Predictor
     from mmray.slices import cut, open_table, read_slice
     from mmray.source import ImageSource

@@ -66,7 +66,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def _predict(bundle: str, table: str, rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
     """Returns milliseconds for one item and items/s in batches."""
     from mmray.bundle import load_bundle
-    from mmray.config import ScoreConfig
+    from mmray.options import ScoreConfig
     from mmray.predictor import Predictor
     from mmray.source import ImageSource
 

@@ -18,6 +18,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from mmray.serve.haproxy import free_port
+
 DELAY_S = 0.05
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -123,9 +125,7 @@ def measure_store(
 @contextmanager
 def running(folder: Path, delay_s: float) -> Iterator[dict[str, str]]:
     """Runs a store with the files of a folder, in a process of its own; yields the environment that leads there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_serve, args=(folder, delay_s, port), daemon=True)
     process.start()

@@ -21,8 +21,8 @@ import ray.data.exceptions
 import ray.exceptions
 
 from mmray import errors
-from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
+from mmray.options import ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
 
@@ -120,7 +120,8 @@ def map_slices(
                 raise
             _log.warning("a process or its node was lost; %s slices begin anew on the others", len(left) - len(done))
             # Those that were at work then come last, in case it was one of them.
-            left = sorted((s for s in left if s.index not in done), key=lambda piece: piece.index < max(done))
+            last = max(done)
+            left = sorted((s for s in left if s.index not in done), key=lambda piece: piece.index < last)
 
 
 def _one_pass(

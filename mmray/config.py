@@ -1,7 +1,7 @@
 """The whole configuration of a run, checked before anything starts.
 
-A frozen `Config` is stored in the bundle, so weights never travel without the settings that made them; `ScoreConfig`
-and `ScheduleConfig` are what may differ from run to run. Unknown keys are refused.
+A frozen `Config` is stored in the bundle, so weights never travel without the settings that made them. Unknown keys are
+refused.
 """
 
 from typing import Annotated, Any, Literal
@@ -350,69 +350,3 @@ class Config(Section):
         if self.train.precision == "fp16" and not self.train.use_gpu:
             raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")
         return self
-
-
-class ScoreConfig(Section):
-    """How a table is scored; only what may differ from run to run, for the rest is in the bundle."""
-
-    image_column: str | None = None
-    """Column of images; by default the one the model was trained on."""
-    text_column: str | None = None
-    """Column of texts; by default the one the model was trained on."""
-    image_roots: tuple[str, ...] = ()
-    """Folders or URIs that image paths may lie in; without any, the table's own folder."""
-    probabilities: bool = False
-    """Add the probability of every label."""
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
-    """Number format of the forward pass; auto takes bf16 where the hardware has it and the golden rows agree."""
-    batch_size: int = Field(default=32, ge=1)
-    """Rows per forward pass; never changes a score by more than the stated tolerance."""
-    slice_rows: int | None = Field(default=None, ge=1)
-    """Rows per slice, the unit of work and commit; by default a 64th of the table, within bounds."""
-    num_actors: int | None = Field(default=None, ge=1)
-    """Scoring processes; by default one per CPU, or per GPU where `gpus_per_actor` is set."""
-    min_actors: int | None = Field(default=None, ge=1)
-    """Fewest scoring processes: from here they grow to `num_actors` as there is work; by default all start at once."""
-    gpus_per_actor: float = Field(default=0.0, ge=0)
-    """GPUs each scoring process holds, or a fraction of one."""
-    placement: Literal["auto", "local", "cluster"] = "auto"
-    """Who prepares a process's rows: itself (local), or tasks on every node with a free CPU (cluster); auto takes the
-    cluster where the CPUs beside the GPUs are few and other nodes have some."""
-    node_labels: dict[str, str] = {}
-    """Labels of the nodes that scoring processes may run on; any by default."""
-    decode_threads: int | None = Field(default=None, ge=1)
-    """Threads that decode images in each scoring process; by default 1, or the CPUs beside each process with a GPU."""
-    reads: int = Field(default=64, ge=1)
-    """Images of a store that each scoring process reads at a time; local ones are read as they are decoded."""
-    max_error_rate: float = Field(default=1.0, ge=0, le=1)
-    """Share of rows that may fail before `_SUCCESS` is withheld (exit 6); by default any, each with its reason."""
-
-    @model_validator(mode="after")
-    def _grow(self) -> "ScoreConfig":
-        if self.min_actors is not None and self.num_actors is not None and self.min_actors > self.num_actors:
-            raise ValueError(f"{self.min_actors} processes at least and {self.num_actors} at most leave none")
-        return self
-
-    def numeric_options(self) -> dict[str, Any]:
-        """Returns the settings that change what is written: part of the plan's identity."""
-        return self.model_dump(include={"image_column", "text_column", "image_roots", "probabilities", "precision"})
-
-
-class ScheduleConfig(Section):
-    """What a tick of a schedule scores again, what has to hold before it publishes, and what it keeps."""
-
-    full: bool = False
-    """Score every file again, also those that did not change."""
-    key: str | None = None
-    """Column whose values tell rows apart: of files that are new or changed, only the rows are scored whose key, image
-    cell or text is. For tables that are rewritten as a whole, in the order of the key; a path stands for its image."""
-    retry_failed: bool = False
-    """Score the files again in which a row failed or lacks a modality."""
-    min_rows: int = Field(default=1, ge=1)
-    """Publish no fewer rows than this."""
-    max_drift: float | None = Field(default=None, gt=0)
-    """Publish no new scores whose population stability index against those published is larger; any by default."""
-    keep: int = Field(default=7, ge=1)
-    """Published lists that stay, and the runs they need; older ones are removed."""
-    lease_s: float = Field(default=60.0, gt=0)
-    """Seconds without a sign of life after which another tick takes over."""

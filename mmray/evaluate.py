@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from mmray.bundle import BundleInfo, load_bundle, read_info
 from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
-from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import confusion_matrix, measure
+from mmray.options import ScoreConfig
 from mmray.predictor import Predictor, column_of
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource

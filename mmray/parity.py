@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from mmray.bundle import BundleInfo, load_bundle, read_info
 from mmray.cluster import cluster
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.predictor import TOLERANCE, Predictor, column_of
 from mmray.score.job import score_table
 from mmray.serve.app import endpoint

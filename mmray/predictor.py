@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from mmray.bundle import Bundle
-from mmray.config import ScoreConfig
 from mmray.errors import BundleError, ConfigError
 from mmray.model.folding import fold_batch_norms
 from mmray.model.precision import Precision, autocast, resolve_precision
+from mmray.options import ScoreConfig
+from mmray.prediction import Prediction
 from mmray.preprocess import Features, Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.source import ImageSource
-from mmray.table import Fault, Reason, Status, cells, output_fields
+from mmray.table import cells, output_fields
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 """Largest difference of a probability (or of a standardised regression value) between machines and batch sizes."""
@@ -36,22 +36,6 @@ Feed = Callable[[Mapping[str, Sequence[Any]]], Future[Features]]
 """Who prepares a batch: called with the cells of each modality, answers at once with what will be its features."""
 OnStage = Callable[[str, float], None]
 """Called with the name of a stage and the seconds that something took there."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of B rows."""
-
-    outputs: NDArray[np.float32]
-    """[B, K]: the probability of each label, or the value [B, 1] of a regression; NaN where nothing was present."""
-    present: Mapping[str, NDArray[np.bool_]]
-    """Modality -> [B]: whether it was used."""
-    faults: Mapping[str, Sequence[Fault | None]]
-    """Modality -> B entries: why it was not."""
-    image_weight: NDArray[np.float32] | None
-    """[B]: alpha of each row, where the fusion has one."""
-    alone: Mapping[str, NDArray[np.float32]]
-    """Modality -> [B, K]: the outputs with all other modalities withheld; empty unless asked for."""
 
 
 class Predictor:
@@ -121,7 +105,8 @@ class Predictor:
 
     def scores(self, prediction: Prediction) -> pa.Table:
         """Returns the columns of `output_fields` for what was predicted, a row each."""
-        columns = zip(self.fields, self._columns(prediction), strict=True)
+        names, task = [field.name for field in self.fields], self.bundle.config.task.kind
+        columns = zip(self.fields, prediction.columns(names, task, self.bundle.labels), strict=True)
         arrays = [pa.array(values, field.type, from_pandas=False) for field, values in columns]
         return pa.Table.from_arrays(arrays, schema=pa.schema(self.fields))
 
@@ -146,8 +131,8 @@ class Predictor:
         parts = [timed(self._on_stage, "forward", self._in_turn, part, alone) for part in self._batches(columns)]
         if not parts:
             parts = [self.predict_features(self._preprocess({name: [None] for name in self.modalities}), alone=alone)]
-            return _head(parts[0], 0)
-        return _concatenate(parts)
+            return parts[0].head(0)
+        return Prediction.concatenate(parts)
 
     def prepare(self, columns: Mapping[str, Sequence[Any]]) -> Features:
         """Preprocesses B rows, for `predict_features`; thread-safe."""
@@ -219,38 +204,6 @@ class Predictor:
         low, high = self.bundle.score_range
         return float(np.abs(got - want).max() / (high - low))
 
-    def _columns(self, prediction: Prediction) -> Iterator[Sequence[Any]]:
-        outputs, task = prediction.outputs, self.bundle.config.task.kind
-        statuses = row_statuses(prediction)
-        scored = [status is not Status.FAILED for status, _, _ in statuses]
-        labels = self.bundle.labels
-        for field in self.fields:
-            match field.name:
-                case "score":
-                    score = outputs[:, 1] if task == "binary" else outputs.max(axis=1)
-                    yield _nullable(score, scored)
-                case "predicted_label" if task == "multilabel":
-                    chosen = [[labels[k] for k in np.flatnonzero(row >= 0.5)] for row in outputs]
-                    yield _nullable(chosen, scored)
-                case "predicted_label":
-                    safe = np.where(np.isfinite(outputs), outputs, -1)
-                    yield _nullable([labels[k] for k in safe.argmax(axis=1)], scored)
-                case "probabilities":
-                    yield _nullable(outputs, scored)
-                case "image_weight":
-                    weight = prediction.image_weight
-                    yield _nullable(weight, scored) if weight is not None else [None] * len(scored)
-                case "modalities_used":
-                    names = sorted(prediction.present)
-                    masks = zip(*(prediction.present[name] for name in names), strict=True)
-                    yield ["+".join(n for n, used in zip(names, mask, strict=True) if used) for mask in masks]
-                case "status":
-                    yield [status.value for status, _, _ in statuses]
-                case "reason":
-                    yield [reason for _, reason, _ in statuses]
-                case "reason_detail":
-                    yield [detail for _, _, detail in statuses]
-
 
 def timed(on_stage: OnStage, stage: str, function: Callable[..., T], *arguments: Any) -> T:
     """Calls a function, and reports the seconds it took as those of a stage."""
@@ -265,50 +218,5 @@ def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
     return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))
 
 
-def row_statuses(prediction: Prediction) -> list[tuple[Status, str | None, str | None]]:
-    """Returns status, reason and detail of each row."""
-    finite = [bool(row.all()) for row in np.isfinite(prediction.outputs)]
-    names = sorted(prediction.faults)
-    return [_row_status([(name, prediction.faults[name][k]) for name in names], finite[k]) for k in range(len(finite))]
-
-
-def _row_status(found: Sequence[tuple[str, Fault | None]], finite: bool) -> tuple[Status, str | None, str | None]:
-    faults = [(name, fault) for name, fault in found if fault is not None]
-    detail = "; ".join(f"{name}: {fault.reason.value}: {fault.detail}" for name, fault in faults)[:256] or None
-    if len(faults) == len(found):
-        return Status.FAILED, faults[0][1].reason.value, detail
-    if not finite:
-        return Status.FAILED, Reason.NONFINITE_OUTPUT.value, detail
-    if faults:
-        return Status.DEGRADED, faults[0][1].reason.value, detail
-    return Status.OK, None, None
-
-
-def _nullable(values: Any, keep: Sequence[bool]) -> list[Any]:
-    return [value if kept else None for value, kept in zip(values, keep, strict=True)]
-
-
 def _only(name: str, present: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {other: mask if other == name else torch.zeros_like(mask) for other, mask in present.items()}
-
-
-def _head(prediction: Prediction, rows: int) -> Prediction:
-    return Prediction(
-        prediction.outputs[:rows],
-        {name: mask[:rows] for name, mask in prediction.present.items()},
-        {name: faults[:rows] for name, faults in prediction.faults.items()},
-        None if prediction.image_weight is None else prediction.image_weight[:rows],
-        {name: view[:rows] for name, view in prediction.alone.items()},
-    )
-
-
-def _concatenate(parts: Sequence[Prediction]) -> Prediction:
-    first = parts[0]
-    weights = [part.image_weight for part in parts if part.image_weight is not None]
-    return Prediction(
-        np.concatenate([part.outputs for part in parts]),
-        {name: np.concatenate([part.present[name] for part in parts]) for name in first.present},
-        {name: [fault for part in parts for fault in part.faults[name]] for name in first.faults},
-        np.concatenate(weights) if weights else None,
-        {name: np.concatenate([part.alone[name] for part in parts]) for name in first.alone},
-    )

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.bundle import Bundle
-from mmray.config import Config, ScoreConfig
+from mmray.bundle import Bundle, save_bundle
+from mmray.config import Config
 from mmray.config_file import parse_config
 from mmray.model import FusionModel
+from mmray.options import ScoreConfig
 from mmray.preprocess.text import Vocabulary
 from mmray.score.commit import Output
 from mmray.score.ledger import Ledger
@@ -58,6 +59,12 @@ def small_bundle(
 def with_golden(bundle: Bundle, table: Path) -> Bundle:
     """The bundle with golden rows from a table."""
     return golden_rows(bundle, open_table(str(table)), (str(table),))
+
+
+def saved_bundle(folder: Path, table: Path, seed: int = 0) -> str:
+    """Saves an untrained model with golden rows from a table, the same for the same seed; returns where it is."""
+    save_bundle(with_golden(small_bundle(seed=seed), table), str(folder))
+    return str(folder)
 
 
 def colour_table(folder: Path, rows: int = 120, files: int = 2, **columns: Sequence[Any]) -> Path:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from processes import ALONE
+
 from mmray.serve.haproxy import free_port
 
 BIN = Path(sys.executable).parent
@@ -23,9 +25,8 @@ class Head:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.token = secrets.token_hex(16)
         self._folder = Path(tempfile.mkdtemp(prefix="mmray-", dir="/tmp"))  # short, for the paths of its sockets
-        # Nothing of a cluster in this process is handed down; `python` is the one that runs this.
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+        # `python` is the one that runs this.
+        self.env = {**ALONE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
         self.env |= {"RAY_DASHBOARD_ADDRESS": self.url, "PATH": f"{BIN}:{self.env['PATH']}"}
         command = ["start", "--head", "--block", "--num-cpus=3", f"--port={free_port()}", "--node-ip-address=127.0.0.1"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.url.rpartition(':')[2]}"]

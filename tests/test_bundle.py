@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import colour_table, small_bundle, with_golden
+from models import colour_table, saved_bundle, small_bundle, with_golden
 
 from mmray.bundle import load_bundle, read_info, save_bundle
 from mmray.errors import BundleError, ConfigError
@@ -19,7 +19,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path, rows: Path) -> Path:
-    save_bundle(with_golden(small_bundle(), rows), str(tmp_path / "bundle"))
+    saved_bundle(tmp_path / "bundle", rows)
     return tmp_path / "bundle"
 
 

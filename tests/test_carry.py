@@ -7,11 +7,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
 
-from mmray.bundle import save_bundle
-from mmray.config import ScoreConfig
 from mmray.errors import TableError
+from mmray.options import ScoreConfig
 from mmray.score.carry import Carry, ScoredFile
 from mmray.score.commit import Output
 from mmray.score.plan import make_plan
@@ -29,9 +28,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundles(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two models: a carried row shows by the score of the first."""
     folder = tmp_path_factory.mktemp("bundles")
-    for seed in range(2):
-        save_bundle(with_golden(small_bundle(seed=seed), rows), str(folder / str(seed)))
-    return [str(folder / str(seed)) for seed in range(2)]
+    return [saved_bundle(folder / str(seed), rows, seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
 
-from mmray.bundle import save_bundle
 from mmray.cli import build_parser, main
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +19,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 COMMANDS = next(action for action in build_parser()._actions if isinstance(action.choices, dict)).choices
@@ -114,5 +111,5 @@ def test_a_run_of_another_model_exits_3(
 ) -> None:
     output = str(tmp_path / "out")
     score_in_process(bundle, str(rows), output, ScoreConfig())
-    save_bundle(with_golden(small_bundle(seed=1), rows), str(tmp_path / "other"))
+    saved_bundle(tmp_path / "other", rows, seed=1)
     assert "another model" in fails(capsys, ["score", str(tmp_path / "other"), str(rows), output], code=3)

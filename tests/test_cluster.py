@@ -1,13 +1,11 @@
 """Training, evaluation and scoring on a real Ray cluster: every task and part, interruptions, hostile rows."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,14 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, small_config, with_golden
+from models import colour_table, saved_bundle, score_in_process, small_config
+from processes import ALONE, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.cluster import cluster
-from mmray.config import ScoreConfig
 from mmray.errors import BundleError, ConfigError, TableError
 from mmray.evaluate import evaluate_bundle
+from mmray.options import ScoreConfig
 from mmray.score.job import score_table
 from mmray.score.verify import verify_output
 from mmray.train.checkpoint import latest_checkpoint
@@ -44,9 +43,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -205,8 +202,6 @@ def mmray(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 COMMAND = [sys.executable, "-m", "mmray.cli"]
-# A process of its own starts a cluster of its own: nothing of this one's is handed down.
-ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
@@ -268,13 +263,6 @@ def test_a_finished_run_answers_without_ray_or_a_model(rows: Path, bundle: str, 
 
 def num_parts(output: Path) -> int:
     return len(list(output.glob("data/*.parquet")))
-
-
-def wait_for(condition: Any, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

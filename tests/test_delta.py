@@ -15,12 +15,11 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
 
-from mmray.bundle import save_bundle
 from mmray.cli import main
-from mmray.config import ScoreConfig
 from mmray.errors import ConfigError, OutputConflictError, TableError
+from mmray.options import ScoreConfig
 from mmray.schedule.delta import register
 from mmray.schedule.published import Part, Published, hold_published, keep_last, pointer, read_published
 from mmray.score.commit import Output
@@ -75,10 +74,10 @@ def paths(actions: Sequence[dict[str, Any]], kind: str) -> set[str]:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Part]]:
     """A root with a run of two files, of which one has a column more, and its parts."""
     folder = tmp_path_factory.mktemp("scored")
-    rows, bundle, root = colour_table(folder / "rows", rows=24), str(folder / "bundle"), str(folder / "root")
+    rows, root = colour_table(folder / "rows", rows=24), str(folder / "root")
     late = pq.read_table(rows / "part-1.parquet")
     pq.write_table(late.append_column("price", pa.array([0.5] * late.num_rows)), rows / "part-1.parquet")
-    save_bundle(with_golden(small_bundle(), rows), bundle)
+    bundle = saved_bundle(folder / "bundle", rows)
     options, run = ScoreConfig(precision="fp32", slice_rows=5, image_roots=(str(rows),)), "runs/000000001-0000aaaa"
     score_in_process(bundle, str(rows), f"{root}/{run}", options)
     plan, output = make_plan(bundle, str(rows), options), Output(f"{root}/{run}")

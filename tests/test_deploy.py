@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from models import colour_table, small_bundle, with_golden
+from models import colour_table, saved_bundle
 from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 from ray_head import BIN, Head, running_head
 from test_serve import replicas
 
-from mmray.bundle import load_bundle, save_bundle
+from mmray.bundle import load_bundle
 from mmray.errors import ConfigError
 from mmray.serve.app import NAME, ServeArgs, build_app
 from mmray.serve.haproxy import free_port
@@ -83,9 +83,7 @@ def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_reque
     deployed: Deployed, tmp_path: Path
 ) -> None:
     rows = colour_table(tmp_path / "rows", rows=24)
-    bundles = [str(tmp_path / str(seed)) for seed in range(2)]
-    for seed, bundle in enumerate(bundles):
-        save_bundle(with_golden(small_bundle(seed=seed), rows), bundle)
+    bundles = [saved_bundle(tmp_path / str(seed), rows, seed) for seed in range(2)]
     first, second = (load_bundle(bundle).fingerprint for bundle in bundles)
     broken = tmp_path / "broken"
     broken.mkdir()

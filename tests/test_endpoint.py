@@ -15,11 +15,12 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, small_config, with_golden
+from models import colour_table, saved_bundle, score_in_process, small_bundle, small_config
+from processes import wait_for
 from pydantic import SecretStr
 
 from mmray.bundle import save_bundle
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.serve.api import build_api
 from mmray.serve.batcher import Batcher
 from mmray.serve.schema import Item
@@ -36,9 +37,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +227,7 @@ def test_a_bundle_that_was_replaced_leaves_nothing_in_memory(bundle: str) -> Non
     gc.disable()  # Serve freezes it: what only it would find stays for ever
     try:
         del old
-        assert gone() is None
+        wait_for(lambda: gone() is None, timeout_s=10)  # the thread that prepared its item lets go a moment later
     finally:
         gc.enable()
 

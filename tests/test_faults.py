@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from faults import KINDS, faulty
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
 
-from mmray.bundle import save_bundle
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
 from mmray.store import open_store
 
@@ -25,7 +24,7 @@ def test_every_row_is_scored_once_in_a_store_that_fails_one_request_in_eight(
     s3: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = colour_table(tmp_path / "rows", rows=60)
-    save_bundle(with_golden(small_bundle(), rows), str(tmp_path / "bundle"))
+    saved_bundle(tmp_path / "bundle", rows)
     bundle, table = upload(tmp_path / "bundle", s3, "bundle"), upload(rows, s3, "rows")
     with faulty(s3_server, share=1 / 8) as store:
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)

@@ -14,12 +14,14 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 LAYERS = (
     {"errors"},
     {"config"},
+    {"options"},
     {"table", "store"},
     {"config_file", "slices", "labels", "source"},
     {"preprocess"},
     {"model"},
     {"metrics"},
     {"bundle"},
+    {"prediction"},
     {"predictor"},
     {"placement"},
     {"cluster", "submit"},
@@ -49,6 +51,7 @@ RAY = {
 NO_TORCH = {
     "errors",
     "config",
+    "options",
     "config_file",
     "table",
     "store",

@@ -3,25 +3,28 @@
 import json
 import re
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
+import pyarrow.parquet
 import pytest
 import ray
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
+from processes import wait_for
 from ray.cluster_utils import Cluster
 
-from mmray.bundle import save_bundle
 from mmray.cluster import cluster
-from mmray.config import ScoreConfig
 from mmray.errors import ConfigError
+from mmray.options import ScoreConfig
 from mmray.placement import place
+from mmray.schedule.lease import lease
+from mmray.schedule.meters import beat
 from mmray.score.job import score_table
 from mmray.score.verify import verify_output
+from mmray.store import open_store
 
 pytestmark = pytest.mark.ray
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
@@ -79,9 +82,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def run_of(output: Path) -> str:
@@ -92,13 +93,6 @@ def scored(output: Path) -> list[dict[str, Any]]:
     table = pyarrow.dataset.dataset(str(output / "data")).to_table()
     found: list[dict[str, Any]] = table.sort_by("id").to_pylist()
     return found
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.2)
 
 
 def test_rows_prepared_by_tasks_of_other_nodes_get_the_scores_of_one_process(
@@ -121,7 +115,7 @@ def test_rows_prepared_by_tasks_of_other_nodes_get_the_scores_of_one_process(
     assert sorted(event["slice"] for event in events if event["event"] == "slice committed") == list(
         range(result.num_slices)
     )
-    until(lambda: nodes.measured(r'ray_tasks\{[^}]*Name="_prepare"[^}]*State="FINISHED"[^}]*\}') >= ROWS / 32)
+    wait_for(lambda: nodes.measured(r'ray_tasks\{[^}]*Name="_prepare"[^}]*State="FINISHED"[^}]*\}') >= ROWS / 32)
 
 
 def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:
@@ -152,12 +146,14 @@ def test_prometheus_reads_what_was_scored(nodes: Nodes, rows: Path, bundle: str,
     options = ScoreConfig(image_roots=(str(rows),), slice_rows=30, num_actors=2)
     score_table(bundle, str(tmp_path / "rows.parquet"), str(tmp_path / "out"), options)
     run = rf'[^}}]*run="{run_of(tmp_path / "out")}"[^}}]*'
-    until(lambda: nodes.measured(rf"ray_mmray_slices_total\{{{run}\}}") == 4)
+    wait_for(lambda: nodes.measured(rf"ray_mmray_slices_total\{{{run}\}}") == 4)
     assert nodes.measured(rf'ray_mmray_rows_total\{{{run}status="ok"[^}}]*\}}') == 110
     assert nodes.measured(rf'ray_mmray_rows_total\{{[^}}]*reason="MISSING"{run}status="degraded"[^}}]*\}}') == 10
     for stage in ("read", "prepare", "forward", "commit"):
         assert nodes.measured(rf'ray_mmray_stage_seconds_count\{{{run}stage="{stage}"[^}}]*\}}') >= 4
-    until(lambda: nodes.measured(rf'ray_mmray_run_slices\{{{run}state="done"[^}}]*\}}') == 4)
+    wait_for(lambda: nodes.measured(rf'ray_mmray_run_slices\{{{run}state="done"[^}}]*\}}') == 4)
+    with lease(open_store(str(tmp_path / "root")), 0.4, beat):
+        wait_for(lambda: nodes.measured(r"ray_mmray_lease_beat_timestamp_seconds\{[^}]*\}"))
     assert nodes.measured(rf"ray_mmray_slices_in_flight\{{{run}\}}") == 0
 
 
@@ -176,6 +172,8 @@ def test_gpus_that_outrun_their_own_cpus_are_fed_by_the_others(nodes: Nodes) -> 
         fed = place(ScoreConfig(gpus_per_actor=0.5), 100)
         assert (fed.max_actors, fed.num_cpus, fed.options.placement) == (4, 0, "cluster")
         own = place(ScoreConfig(gpus_per_actor=1, placement="local"), 100)
+        small = place(ScoreConfig(gpus_per_actor=0.1, placement="local"), 100)
+        assert small.max_actors == 9, "no more than leave Ray Data a CPU, whatever the GPUs could hold"
         assert (own.max_actors, own.num_cpus, own.options.decode_threads) == (2, 1, 1)
     finally:
         nodes.cluster.remove_node(gpus)

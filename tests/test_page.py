@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from models import colour_table, small_bundle, with_golden
+from models import colour_table, saved_bundle
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -20,7 +20,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from test_endpoint import encoded
 
-from mmray.bundle import save_bundle
 from mmray.serve.api import build_api
 from mmray.serve.app import endpoint
 from mmray.serve.haproxy import free_port
@@ -37,9 +36,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("bundles") / "bundle")
-    save_bundle(with_golden(small_bundle(), rows), folder)
-    return folder
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:

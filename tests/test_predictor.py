@@ -11,8 +11,8 @@ import torch
 from models import colour_table, small_bundle, small_config, with_golden
 
 from mmray.bundle import Bundle
-from mmray.config import ScoreConfig
 from mmray.errors import BundleError, ConfigError
+from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.source import ImageSource
 from mmray.table import Reason

@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, small_bundle, with_golden
-from test_serve import ALONE
+from models import colour_table, saved_bundle
+from processes import ALONE
 
-from mmray.bundle import save_bundle
 from mmray.cluster import cluster
-from mmray.config import ScheduleConfig, ScoreConfig
 from mmray.errors import ErrorBudgetError, GateError, TableError
+from mmray.options import ScoreConfig
 from mmray.schedule.lease import lease
 from mmray.schedule.published import read_published
+from mmray.schedule.settings import ScheduleConfig
 from mmray.schedule.tick import TickResult, stability_index, tick
 from mmray.score.verify import verify_output
 from mmray.store import open_store
@@ -39,9 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundles(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("bundles")
-    for seed in range(2):
-        save_bundle(with_golden(small_bundle(seed=seed), rows), str(folder / str(seed)))
-    return [str(folder / str(seed)) for seed in range(2)]
+    return [saved_bundle(folder / str(seed), rows, seed) for seed in range(2)]
 
 
 def some_files(rows: Path, folder: Path, *names: str) -> str:

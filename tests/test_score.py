@@ -11,10 +11,8 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
 
-from mmray.bundle import save_bundle
-from mmray.config import ScoreConfig
 from mmray.errors import (
     ConfigError,
     EnvironmentFaultError,
@@ -23,6 +21,7 @@ from mmray.errors import (
     TableError,
     VerifyError,
 )
+from mmray.options import ScoreConfig
 from mmray.score.commit import Output, part_key
 from mmray.score.job import score_table
 from mmray.score.plan import make_plan
@@ -49,9 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 @pytest.fixture
@@ -116,7 +113,7 @@ def test_another_model_or_other_options_do_not_share_an_output(
     rows: Path, bundle: str, output: str, tmp_path: Path
 ) -> None:
     score_in_process(bundle, str(rows), output, OPTIONS)
-    save_bundle(with_golden(small_bundle(seed=1), rows), str(tmp_path / "other"))
+    saved_bundle(tmp_path / "other", rows, seed=1)
     with pytest.raises(OutputConflictError, match="another model"):
         score_in_process(str(tmp_path / "other"), str(rows), output, OPTIONS)
     with pytest.raises(OutputConflictError, match="other options"):

@@ -28,19 +28,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
+from processes import ALONE
 from ray import serve
 from test_endpoint import encoded, spoiled
 
-from mmray.bundle import load_bundle, save_bundle
-from mmray.config import ScoreConfig
+from mmray.bundle import load_bundle
+from mmray.options import ScoreConfig
 from mmray.serve.app import NAME, application, endpoint
 from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray
 
-ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 SETTINGS = ServeConfig(max_items=32, max_body_bytes=2**20, header_timeout_s=2, body_timeout_s=2)
 
 
@@ -52,9 +52,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundles(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("bundles")
-    for seed in range(2):
-        save_bundle(with_golden(small_bundle(seed=seed), rows), str(folder / str(seed)))
-    return [str(folder / str(seed)) for seed in range(2)]
+    return [saved_bundle(folder / str(seed), rows, seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")

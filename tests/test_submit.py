@@ -9,7 +9,6 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,13 +19,13 @@ import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, score_in_process, small_bundle, with_golden
+from models import colour_table, saved_bundle, score_in_process
+from processes import wait_for
 from ray_head import Head, running_head
 
 from mmray import __version__
-from mmray.bundle import save_bundle
-from mmray.config import ScoreConfig
 from mmray.errors import ErrorBudgetError
+from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
 
 pytestmark = pytest.mark.ray
@@ -57,13 +56,6 @@ def jobs(head: Head, name: str) -> dict[str, Any]:
     """The jobs whose ids begin so."""
     found = {job["submission_id"] or "": job for job in asked(head, "GET", "jobs/").raise_for_status().json()}
     return {job_id: job for job_id, job in found.items() if job_id.startswith(name)}
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.05)
 
 
 def submit(head: Head, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -187,9 +179,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    save_bundle(with_golden(small_bundle(), rows), str(folder))
-    return str(folder)
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def test_a_table_is_scored_there_its_log_comes_here_and_what_succeeded_is_not_run_again(
@@ -216,7 +206,7 @@ def test_a_table_is_scored_there_its_log_comes_here_and_what_succeeded_is_not_ru
 
 
 def test_exit_codes_are_those_of_the_command(head: Head, rows: Path, bundle: str, tmp_path: Path, s3: str) -> None:
-    save_bundle(with_golden(small_bundle(seed=1), rows), str(tmp_path / "other"))
+    saved_bundle(tmp_path / "other", rows, seed=1)
     score_in_process(str(tmp_path / "other"), str(rows), str(tmp_path / "taken"))
     table = pq.read_table(rows / "part-0.parquet")
     lost = {name: pa.nulls(table.num_rows, table.schema.field(name).type) for name in ("image_path", "text")}

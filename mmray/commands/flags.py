@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mmray.config import ScoreConfig, Section
+from mmray.config import Section
 from mmray.errors import ConfigError
+from mmray.options import ScoreConfig
 
 S = TypeVar("S", bound=Section)
 

@@ -39,8 +39,8 @@ def _add_tick(commands: Any) -> None:
 
 
 def _tick(args: argparse.Namespace) -> None:
-    from mmray.config import ScheduleConfig
     from mmray.progress import row_progress
+    from mmray.schedule.settings import ScheduleConfig
     from mmray.schedule.tick import tick
 
     with row_progress() as progress:

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmray.config import ScheduleConfig, ScoreConfig
 from mmray.errors import EnvironmentFaultError, GateError
+from mmray.options import ScoreConfig
 from mmray.schedule.lease import lease
 from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
+from mmray.schedule.settings import ScheduleConfig
 from mmray.score.carry import Carry, ScoredFile
 from mmray.score.commit import Output
 from mmray.score.job import Progress, score_plan
@@ -90,8 +91,10 @@ def tick(
             return TickResult(before, "nothing new")
         number = before.number + 1 if before else 1
         new = files.keys() - same
-        carry = _carry(before, identity, same, root, rules)
-        scored = _score(bundle, table, root, number, options, new, carry, on_start, guarded) if new else []
+        scored = []
+        if new:
+            carry = _carry(before, identity, same, root, rules)
+            scored = _score(bundle, table, root, number, options, new, carry, on_start, guarded)
         carried = [part for part in before.parts if part.input in same] if before else []
         order = {uri: k for k, uri in enumerate(files)}
         parts = sorted([*carried, *scored], key=lambda part: (order[part.input], part.first_row))

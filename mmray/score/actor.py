@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
 from mmray.score.feed import ClusterFeed

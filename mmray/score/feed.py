@@ -11,7 +11,8 @@ import ray
 
 from mmray.bundle import Bundle
 from mmray.cluster import MAX_RETRIES
-from mmray.config import Config, ScoreConfig
+from mmray.config import Config
+from mmray.options import ScoreConfig
 from mmray.preprocess import Features, Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.preprocess.text import Vocabulary

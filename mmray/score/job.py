@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mmray.config import ScoreConfig
 from mmray.errors import ConfigError
+from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger

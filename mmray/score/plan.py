@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mmray import __version__
 from mmray.bundle import BundleInfo, read_info
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.predictor import column_of
 from mmray.slices import Slice, cut, open_table, slices_to_arrow
 from mmray.store import open_store

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mmray import __version__
 from mmray.bundle import Bundle, load_bundle
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
 from mmray.score.carry import Carry
 from mmray.score.commit import Output, Receipt

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
-from mmray.config import ScoreConfig, Section
+from mmray.config import Section
+from mmray.options import ScoreConfig
 
 
 class ServeConfig(Section):

@@ -10,7 +10,7 @@ import itertools
 import pyarrow as pa
 
 from mmray.bundle import Bundle
-from mmray.config import ScoreConfig
+from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.slices import Table, cut, read_slice
 from mmray.source import ImageSource
