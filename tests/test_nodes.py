@@ -1,7 +1,9 @@
 """Scoring on a cluster of three nodes: who prepares rows, on which nodes, how many processes; a node that is lost."""
 
 import json
+import os
 import re
+import secrets
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -67,7 +69,9 @@ def page_of(url: str) -> str:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mmray-", dir="/tmp") as folder:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        # As a local cluster of this process has it: Ray keeps the first token that a process has, for all its clusters.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_AUTH_MODE"] = "token"
         nodes = Nodes(folder)
         patch.setenv("RAY_ADDRESS", nodes.cluster.address)
         with cluster():
@@ -130,10 +134,10 @@ def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, 
 
     # Three processes fit there only with one of them on the node that goes.
     options = ScoreConfig(slice_rows=1, num_actors=3, node_labels=labels)
-    result = score_table(bundle, str(rows), str(output), options, on_slice=lose)
+    result = score_table(bundle, str(rows / "part-0.parquet"), str(output), options, on_slice=lose)
     assert lost, "a process was at work there"
-    assert lost[0] < ROWS, "and slices were left"
-    assert result.ledger.statuses == {"ok": ROWS}
+    assert lost[0] < ROWS // 2, "and slices were left"
+    assert result.ledger.statuses == {"ok": ROWS // 2}
     assert verify_output(str(output), 2).passed
 
 
