@@ -16,6 +16,7 @@ import pytest
 import ray
 from models import colour_table, saved_bundle, score_in_process
 from processes import wait_for
+from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
 from mmray.cluster import cluster
@@ -71,7 +72,7 @@ def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mmray-", dir="/tmp") as folder:
         # As a local cluster of this process has it: Ray keeps the first token that a process has, for all its clusters.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ["RAY_AUTH_MODE"] = "token"
+        enable_token_auth_by_default()
         nodes = Nodes(folder)
         patch.setenv("RAY_ADDRESS", nodes.cluster.address)
         with cluster():
