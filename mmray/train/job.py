@@ -80,6 +80,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
     if open_store(bundle_uri).stat("bundle.json"):
         history = read_info(bundle_uri).metrics["history"]
         return TrainResult(bundle_uri, history, history[best_epoch(history)], 0)
+    _check_image_encoder(config)
     finished = latest_checkpoint(folder)
     with cluster(max(config.train.num_workers, local_cpus())):
         try:
@@ -88,7 +89,6 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
-            _check_image_size(config)
             _fit(config, tables, counts, labels, words, folder, on_epoch)
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
@@ -224,12 +224,15 @@ def _check_words(config: Config, vocabulary: Vocabulary | None) -> None:
         )
 
 
-def _check_image_size(config: Config) -> None:
-    """Refuses images that the network does not take, by giving it one."""
+def _check_image_encoder(config: Config) -> None:
+    """Refuses weights that are not the network's, and images that it does not take, by giving it one."""
     if "image" not in config.table.modalities:
         return
     size = config.image.size
-    encoder = ENCODERS["image"](without_weight_files(config), ()).eval()
+    weights = getattr(config.model.image_encoder, "weights", "none")
+    # What torchvision would download is the workers' business.
+    here = weights == "package" or os.path.isfile(weights)
+    encoder = ENCODERS["image"](config if here else without_weight_files(config), ()).eval()
     try:
         with torch.inference_mode():
             encoder({"image": torch.zeros(1, size, size, 3, dtype=torch.uint8)})
