@@ -180,8 +180,20 @@ def make_bundle(folder: Path) -> Path:
     from mmray.slices import open_table
     from mmray.train.golden import golden_rows
 
-    model = {"image_encoder": {"kind": "torchvision"}, "text_encoder": {"kind": "lstm"}}
-    config = parse_config({"table": {"train": "table"}, "task": {"kind": "binary"}, "model": model}, "benchmark")
+    model = {
+        "image_encoder": {"kind": "torchvision"},
+        "text_encoder": {"kind": "lstm", "hidden_dim": 64, "pooling": "mean"},
+    }
+    config = parse_config(
+        {
+            "table": {"train": "table"},
+            "image": {"size": 224},
+            "text": {"ngram_buckets": 0},
+            "task": {"kind": "binary"},
+            "model": model,
+        },
+        "benchmark",
+    )
     torch.manual_seed(0)
     words = tuple(sorted(set(Path(__file__).read_text().lower().split())))
     weights = FusionModel(config, num_labels=2, words=words).state_dict()

@@ -61,8 +61,8 @@ class TableConfig(Section):
 class ImageConfig(Section):
     """How bytes become pixels."""
 
-    size: int = Field(default=224, ge=16, le=1024)
-    """Side of the square that images are resized to, in pixels."""
+    size: int = Field(default=96, ge=16, le=1024)
+    """Side of the square that images are resized to, in pixels; 224 suits networks with ImageNet weights."""
     max_bytes: int = Field(default=32 * 2**20, gt=0)
     """Larger files are refused unread (TOO_LARGE_BYTES)."""
     max_pixels: int = Field(default=50_000_000, gt=0)
@@ -82,7 +82,7 @@ class TextConfig(Section):
     """Tokens kept of each text."""
     max_bytes: int = Field(default=65_536, ge=16)
     """Texts are cut to this many UTF-8 bytes before tokenising."""
-    ngram_buckets: int = Field(default=0, ge=0)
+    ngram_buckets: int = Field(default=20_000, ge=0)
     """Hash buckets for character n-grams (fastText's subwords); 0 switches them off."""
     ngram_min: int = Field(default=3, ge=1)
     """Shortest character n-gram."""
@@ -93,13 +93,15 @@ class TextConfig(Section):
 
 
 class CnnEncoderConfig(Section):
-    """Blocks of 3x3 convolution, ReLU and 2x2 pooling, then the global average."""
+    """Blocks of 3x3 convolution, ReLU and 2x2 pooling, each with a residual one, then the global average."""
 
     kind: Literal["cnn"] = "cnn"
-    channels: tuple[PositiveInt, ...] = Field(default=(32, 64, 128), min_length=1)
+    channels: tuple[PositiveInt, ...] = Field(default=(32, 64, 128, 256), min_length=1)
     """Output channels of each block."""
     batch_norm: bool = True
     """Normalise after each convolution."""
+    residual: bool = True
+    """After each block but the first, one more convolution whose result is added to its input."""
 
 
 class TorchvisionEncoderConfig(Section):
@@ -114,17 +116,27 @@ class TorchvisionEncoderConfig(Section):
     """Keep the network as it is and train only what follows it."""
 
 
+class EfficientNetEncoderConfig(Section):
+    """EfficientNet-Lite0 without its last layer; the extra `pretrained` brings its ImageNet weights as a package."""
+
+    kind: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    weights: str = "package"
+    """`package` (of the extra `pretrained`), `none`, or a file with a state dict."""
+    freeze: bool = True
+    """Keep the network as it is and train only what follows it."""
+
+
 class RecurrentEncoderConfig(Section):
     """Word embeddings, a recurrent layer, masked pooling over the tokens."""
 
     kind: Literal["lstm", "gru", "rnn"] = "lstm"
     embedding_dim: int = Field(default=128, ge=1)
     """Width of a word vector."""
-    hidden_dim: int = Field(default=64, ge=1)
+    hidden_dim: int = Field(default=128, ge=1)
     """Width of the recurrent state."""
     bidirectional: bool = False
     """Read the text in both directions."""
-    pooling: Literal["last", "max", "mean"] = "mean"
+    pooling: Literal["last", "max", "mean"] = "max"
     """What of the states over the tokens is kept."""
     word_vectors: str | None = None
     """Text file of `word v1 v2 ...` lines to start the embedding from."""
@@ -146,8 +158,8 @@ class WeightedSumConfig(Section):
     kind: Literal["weighted_sum"] = "weighted_sum"
     alpha: Literal["fixed", "learned", "gated"] = "learned"
     """One given number, one learned number, or one number per row from a gate."""
-    initial_alpha: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the image at the start (and for ever when fixed)."""
+    initial_alpha: float = Field(default=0.75, gt=0, lt=1)
+    """Weight of the image at the start (and for ever when fixed); above a half, as words are learned sooner."""
 
 
 class ConcatConfig(Section):
@@ -188,7 +200,9 @@ class BilinearConfig(Section):
     """Rank of the product."""
 
 
-ImageEncoderConfig = Annotated[CnnEncoderConfig | TorchvisionEncoderConfig, Field(discriminator="kind")]
+ImageEncoderConfig = Annotated[
+    CnnEncoderConfig | TorchvisionEncoderConfig | EfficientNetEncoderConfig, Field(discriminator="kind")
+]
 TextEncoderConfig = Annotated[RecurrentEncoderConfig | BagEncoderConfig, Field(discriminator="kind")]
 FusionConfig = Annotated[
     WeightedSumConfig | ConcatConfig | ConvConfig | AttentionConfig | BilinearConfig,
@@ -201,12 +215,12 @@ class ModelConfig(Section):
 
     width: int = Field(default=128, ge=1)
     """Width that each encoder's output is projected to."""
-    dropout: float = Field(default=0.2, ge=0, lt=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
     """Dropout before the head and on each projected embedding."""
     modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance per row and modality, while training, that a present modality is withheld."""
     image_encoder: ImageEncoderConfig = CnnEncoderConfig()
-    """`kind = "cnn"` or `"torchvision"`."""
+    """`kind = "cnn"`, `"torchvision"` or `"efficientnet_lite0"`."""
     text_encoder: TextEncoderConfig = RecurrentEncoderConfig()
     """`kind = "lstm"`, `"gru"`, `"rnn"` or `"bag"`."""
     fusion: FusionConfig = WeightedSumConfig()
@@ -239,7 +253,7 @@ class MulticlassConfig(Section):
     """Focusing parameter of the focal loss."""
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each label by the inverse of its frequency."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the target spread evenly over the labels."""
 
 
@@ -272,15 +286,15 @@ TaskConfig = Annotated[
 class TrainConfig(Section):
     """How long, how fast, and where to keep what is learned."""
 
-    epochs: int = Field(default=10, ge=1)
-    """Passes over the training rows."""
-    batch_size: int = Field(default=32, ge=1)
+    epochs: int = Field(default=0, ge=0)
+    """Passes over the training rows; 0 chooses: 60 for a few hundred rows, 24 for 3,000, 9 for 20,000, 5 at least."""
+    batch_size: int = Field(default=64, ge=1)
     """Rows per optimiser step over all workers together."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """Adam, or Adam with decoupled weight decay."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """How the learning rate falls after the warm-up."""
@@ -288,10 +302,12 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     clip_norm: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
-    auxiliary_weight: float = Field(default=0.0, ge=0)
+    auxiliary_weight: float = Field(default=0.3, ge=0)
     """Weight of the loss of each modality alone, the others withheld, beside the fused loss."""
     augment: bool = True
     """Flip, shift, scale and turn training images a little."""
+    word_dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Chance of each word and character n-gram, while training, that it is withheld."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""
     patience: int = Field(default=0, ge=0)
@@ -334,6 +350,12 @@ class Config(Section):
         if isinstance(fusion, AttentionConfig) and self.model.width % fusion.num_heads:
             raise ValueError(
                 f"model.fusion.num_heads = {fusion.num_heads} does not divide model.width = {self.model.width}"
+            )
+        image = self.model.image_encoder
+        if not isinstance(image, CnnEncoderConfig) and image.freeze and image.weights == "none":
+            raise ValueError(
+                "model.image_encoder.freeze = true would keep a network that knows nothing; give it weights, "
+                "or set freeze = false"
             )
         if self.text.ngram_max < self.text.ngram_min:
             raise ValueError("text.ngram_max is smaller than text.ngram_min")

@@ -67,7 +67,19 @@ def _parse_value(text: str) -> Any:
         return text  # a bare word is a string: --set model.fusion.kind=concat
 
 
-_TAGS = {"cnn", "torchvision", "lstm", "gru", "rnn", "bag", "weighted_sum", "concat", "conv", "attention"}
+_TAGS = {
+    "cnn",
+    "torchvision",
+    "efficientnet_lite0",
+    "lstm",
+    "gru",
+    "rnn",
+    "bag",
+    "weighted_sum",
+    "concat",
+    "conv",
+    "attention",
+}
 _TAGS |= {"bilinear", "binary", "multiclass", "multilabel", "regression"}
 
 

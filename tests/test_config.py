@@ -55,7 +55,7 @@ def test_a_configuration_may_lie_in_a_bucket(s3: str) -> None:
         ('[table]\ntrain = "x"\n[model.fusion]\nkind = "weighted_sum"\nalhpa = "fixed"\n', "did you mean 'alpha'?"),
         ('[table]\ntrain = "x"\n[model.text_encoder]\nkind = "gru"\nhiden_dim = 3\n', "did you mean 'hidden_dim'?"),
         ('[table]\ntrain = "x"\n[task]\nkind = "binry"\n', "'binary', 'multiclass', 'multilabel', 'regression'"),
-        ('[table]\ntrain = "x"\n[train]\nepochs = 0\n', "train.epochs: Input should be greater than or equal to 1"),
+        ('[table]\ntrain = "x"\n[train]\nepochs = -1\n', "train.epochs: Input should be greater than or equal to 0"),
         (
             '[table]\ntrain = "x"\n[train]\nlearning_rate = nan\n',
             "train.learning_rate: Input should be a finite number",

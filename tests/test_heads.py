@@ -94,7 +94,7 @@ def test_a_regression_keeps_the_targets_unit_in_its_state() -> None:
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_focal_loss_of_a_certain_and_right_row_has_a_gradient_of_zero_not_nan(kind: str, gamma: float) -> None:
-    head = head_of({"kind": kind, "loss": "focal", "focal_gamma": gamma})
+    head = head_of({"kind": kind, "loss": "focal", "focal_gamma": gamma, "label_smoothing": 0.0})
     logits = torch.tensor([[200.0]] if kind == "binary" else [[200.0, 0.0, 0.0]], requires_grad=True)
     loss = head.loss(logits, torch.tensor([1]) if kind == "binary" else torch.tensor([0]))
     (gradient,) = torch.autograd.grad(loss, logits)

@@ -4,10 +4,12 @@ One contract: an encoder reads its arrays by name from a mapping, gives [B, outp
 
 Inputs:
     image: uint8 [B, S, S, 3], RGB. Scaled and normalised here, on the device.
+    image_features: float [B, D], in place of the image: what a frozen network made of it.
     token_ids: int [B, L], 0 is padding, 1 the unknown word.
     ngram_ids: int [B, G], 0 is padding; only where `text.ngram_buckets` is set.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,14 +20,17 @@ from mmray.config import (
     BagEncoderConfig,
     CnnEncoderConfig,
     Config,
+    EfficientNetEncoderConfig,
     RecurrentEncoderConfig,
     TextConfig,
     TorchvisionEncoderConfig,
 )
-from mmray.model.pretrained import load_word_vectors, torchvision_backbone
+from mmray.model.pretrained import efficientnet_lite0, load_word_vectors, torchvision_backbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESERVED_IDS = 2  # padding and the unknown word
+FEATURES = "image_features"
+PADDING, UNKNOWN = 0, 1
+RESERVED_IDS = 2
 EMBEDDING_STD = 0.05  # of a vector's start: what training hardly sees (rare words, n-grams) stays near nothing
 
 
@@ -64,11 +69,10 @@ class CnnEncoder(Encoder):
         super().__init__()
         self._pixels = _Pixels((0.5,) * 3, (0.25,) * 3)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip((3, *config.channels), config.channels, strict=False):
-            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=not config.batch_norm))
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            layers += [nn.BatchNorm2d(outputs)] if config.batch_norm else []
-            layers.append(nn.ReLU(inplace=True))
+        for block, (inputs, outputs) in enumerate(itertools.pairwise((3, *config.channels))):
+            layers += [_conv(inputs, outputs, config), nn.MaxPool2d(2, ceil_mode=True), *_activation(outputs, config)]
+            if config.residual and block:
+                layers.append(_Residual(outputs, config))
         self._layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.output_dim = config.channels[-1]
 
@@ -78,18 +82,40 @@ class CnnEncoder(Encoder):
         return features.mean(dim=(2, 3))
 
 
-class TorchvisionEncoder(Encoder):
-    """A torchvision classification network without its last layer."""
+class _Residual(nn.Module):
+    """x + relu(norm(convolution(x))): more depth that is easy to train (He et al. 2016)."""
 
-    def __init__(self, config: TorchvisionEncoderConfig) -> None:
+    def __init__(self, channels: int, config: CnnEncoderConfig) -> None:
         super().__init__()
-        self._pixels = _Pixels(IMAGENET_MEAN, IMAGENET_STD)
-        backbone, self.output_dim = torchvision_backbone(config.name, config.weights)
-        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._frozen = config.freeze
-        self._backbone.requires_grad_(not config.freeze)
+        self._branch = nn.Sequential(_conv(channels, channels, config), *_activation(channels, config))
 
-    def train(self, mode: bool = True) -> "TorchvisionEncoder":
+    def forward(self, features: Tensor) -> Tensor:
+        added: Tensor = features + self._branch(features)
+        return added
+
+
+def _conv(inputs: int, outputs: int, config: CnnEncoderConfig) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=not config.batch_norm)
+
+
+def _activation(channels: int, config: CnnEncoderConfig) -> list[nn.Module]:
+    return [*([nn.BatchNorm2d(channels)] if config.batch_norm else []), nn.ReLU(inplace=True)]
+
+
+class BackboneEncoder(Encoder):
+    """A classification network of others without its last layer.
+
+    What a frozen one gives does not change while training, so it may be computed once: where the arrays hold
+    `image_features` they are taken for it.
+    """
+
+    def __init__(self, backbone: nn.Module, output_dim: int, *, freeze: bool, pixels: nn.Module) -> None:
+        super().__init__()
+        self._pixels, self.output_dim, self._frozen = pixels, output_dim, freeze
+        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._backbone.requires_grad_(not freeze)
+
+    def train(self, mode: bool = True) -> "BackboneEncoder":
         """Sets the mode; a frozen network stays in evaluation, so that its batch statistics do not drift."""
         super().train(mode)
         if self._frozen:
@@ -98,9 +124,27 @@ class TorchvisionEncoder(Encoder):
 
     def forward(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Returns [B, output_dim]."""
+        if FEATURES in arrays:
+            return arrays[FEATURES]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             features: Tensor = self._backbone(self._pixels(arrays["image"]))
         return features.flatten(1)
+
+
+class TorchvisionEncoder(BackboneEncoder):
+    """A torchvision network."""
+
+    def __init__(self, config: TorchvisionEncoderConfig) -> None:
+        backbone, width = torchvision_backbone(config.name, config.weights)
+        super().__init__(backbone, width, freeze=config.freeze, pixels=_Pixels(IMAGENET_MEAN, IMAGENET_STD))
+
+
+class EfficientNetEncoder(BackboneEncoder):
+    """EfficientNet-Lite0, whose published weights expect pixels of -1 to 1."""
+
+    def __init__(self, config: EfficientNetEncoderConfig) -> None:
+        backbone, width = efficientnet_lite0(config.weights)
+        super().__init__(backbone, width, freeze=config.freeze, pixels=_Pixels((0.5,) * 3, (0.5,) * 3))
 
 
 class _Words(nn.Module):
@@ -200,8 +244,13 @@ _POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "max"
 
 
 def _image_encoder(config: Config, words: Sequence[str]) -> Encoder:
-    image = config.model.image_encoder
-    return CnnEncoder(image) if isinstance(image, CnnEncoderConfig) else TorchvisionEncoder(image)
+    match config.model.image_encoder:
+        case CnnEncoderConfig() as image:
+            return CnnEncoder(image)
+        case TorchvisionEncoderConfig() as image:
+            return TorchvisionEncoder(image)
+        case EfficientNetEncoderConfig() as image:
+            return EfficientNetEncoder(image)
 
 
 def _text_encoder(config: Config, words: Sequence[str]) -> Encoder:

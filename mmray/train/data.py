@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 
-from mmray.cluster import MAX_RETRIES, over_slices
+from mmray.cluster import MAX_RETRIES, local_cpus, over_slices
 from mmray.config import Config, TableConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label, label_name, label_names, number
@@ -26,8 +26,10 @@ from mmray.preprocess.text import Vocabulary, tokenize
 from mmray.slices import Slice, Table, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
 from mmray.table import cells, require_types
+from mmray.train.frozen import FrozenImages
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 BLOCK_BYTES = 64 * 2**20  # decoded rows per block: Ray's object store moves and spills whole blocks
 READS = 64  # images of a store that a task reads at a time
 _FRACTION_STEPS = 10_000
@@ -129,15 +131,30 @@ def preprocess_rows(
     return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
 
 
-def row_bytes(config: Config, num_labels: int) -> int:
-    """Returns the size of one preprocessed row."""
+def row_bytes(config: Config, num_labels: int, image_bytes: int | None = None) -> int:
+    """Returns the size of one preprocessed row; `image_bytes` is that of what stands in the image's place."""
     targets = 4 * num_labels if config.task.kind == "multilabel" else 8
-    image = config.image.size**2 * 3 if "image" in config.table.modalities else 0
+    pixels = config.image.size**2 * 3 if "image" in config.table.modalities else 0
     return (
-        image
+        (pixels if image_bytes is None else image_bytes)
         + 4 * (config.text.max_tokens + (config.text.max_ngrams if config.text.ngram_buckets else 0))
         + targets
         + 56
+    )
+
+
+def with_features(rows: ray.data.Dataset, split: Split, config: Config) -> ray.data.Dataset:
+    """Returns preprocessed rows with what the frozen image network makes of their images in the images' place."""
+    gpus = config.train.num_workers if config.train.use_gpu else 0
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or local_cpus())
+    return rows.map_batches(
+        FrozenImages,
+        fn_constructor_args=(config, split == "train" and config.train.augment),
+        batch_size=None,
+        batch_format="numpy",
+        compute=pool,
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
     )
 
 

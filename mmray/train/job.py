@@ -6,6 +6,7 @@ bundle of one that is finished.
 
 import hashlib
 import json
+import math
 import os
 import signal
 import tempfile
@@ -33,6 +34,7 @@ from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint
 from mmray.train.data import (
+    SPLITS,
     Survey,
     Tables,
     check_label_column,
@@ -40,10 +42,13 @@ from mmray.train.data import (
     preprocess_rows,
     row_bytes,
     survey,
+    with_features,
 )
+from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
 
+EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with the history's entry of each epoch as it ends."""
 
@@ -75,14 +80,15 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
     if open_store(bundle_uri).stat("bundle.json"):
         history = read_info(bundle_uri).metrics["history"]
         return TrainResult(bundle_uri, history, history[best_epoch(history)], 0)
+    _check_image_encoder(config)
     finished = latest_checkpoint(folder)
     with cluster(max(config.train.num_workers, local_cpus())):
         try:
             counts = survey(tables, config)
+            config = with_epochs(config, counts.rows)
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
-            _check_image_size(config)
             _fit(config, tables, counts, labels, words, folder, on_epoch)
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
@@ -103,9 +109,13 @@ def _fit(
     on_epoch: OnEpoch,
 ) -> None:
     train = config.train
+    frozen = has_frozen_images(config)
+    bytes_each = row_bytes(config, len(labels), feature_bytes(config) if frozen else None)
     # A table smaller than a batch is cached whatever it takes: a stream of it would end before its first batch.
-    cached = counts.rows * row_bytes(config, len(labels)) <= train.cache_bytes or counts.rows < train.batch_size
-    rows = {split: preprocess_rows(tables, split, config, words, labels) for split in ("train", "validation")}
+    cached = counts.rows * bytes_each <= train.cache_bytes or counts.rows < train.batch_size
+    rows = {split: preprocess_rows(tables, split, config, words, labels) for split in SPLITS}
+    if frozen and cached:
+        rows = {split: with_features(rows[split], split, config) for split in rows}
     validation = rows["validation"].materialize()
     if not validation.count():
         raise TableError(
@@ -176,6 +186,13 @@ def _entries(on_epoch: OnEpoch) -> Iterator[Queue]:
         entries.shutdown()
 
 
+def with_epochs(config: Config, rows: int) -> Config:
+    """Returns the configuration with a number of epochs: chosen by the number of training rows where it is 0."""
+    # A larger table needs fewer passes, and yet more steps: both go with the square root of its rows.
+    epochs = config.train.epochs or min(max(round(EPOCHS_TIMES_ROOT / math.sqrt(rows)), MIN_EPOCHS), MAX_EPOCHS)
+    return config.model_copy(update={"train": config.train.model_copy(update={"epochs": epochs})})
+
+
 def _claim_run(config: Config, tables: Tables) -> str:
     """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
     # Where a run is kept and how many processes work on it do not change what it is.
@@ -207,12 +224,15 @@ def _check_words(config: Config, vocabulary: Vocabulary | None) -> None:
         )
 
 
-def _check_image_size(config: Config) -> None:
-    """Refuses images that the network does not take, by giving it one."""
+def _check_image_encoder(config: Config) -> None:
+    """Refuses weights that are not the network's, and images that it does not take, by giving it one."""
     if "image" not in config.table.modalities:
         return
     size = config.image.size
-    encoder = ENCODERS["image"](without_weight_files(config), ()).eval()
+    weights = getattr(config.model.image_encoder, "weights", "none")
+    # What torchvision would download is the workers' business.
+    here = weights == "package" or os.path.isfile(weights)
+    encoder = ENCODERS["image"](config if here else without_weight_files(config), ()).eval()
     try:
         with torch.inference_mode():
             encoder({"image": torch.zeros(1, size, size, 3, dtype=torch.uint8)})

@@ -151,8 +151,7 @@ class _Steps:
 
     def _step(self, batch: Batch, factor: float) -> float:
         arrays, present, targets = to_tensors(batch, self._settings.config, self._device)
-        if self._train.augment and "image" in arrays:
-            arrays["image"] = augment(arrays["image"])
+        arrays = augment(arrays, self._train)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._train, self._done, self._settings.num_steps)
         self._optimizer.zero_grad(set_to_none=True)
