@@ -314,8 +314,10 @@ class TrainConfig(Section):
     """Epochs without a lower validation loss before training stops; 0 never stops early."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the order of rows and the augmentation."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training processes."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training processes; two numbers are a least and a most, between which it is what the cluster has room for."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts in which a process takes its share of a batch, one after another: larger batches than memory holds."""
     use_gpu: bool = False
     """One GPU per worker (nccl); otherwise CPUs (gloo)."""
     cache_bytes: int = Field(default=4 * 2**30, ge=0)
@@ -326,6 +328,11 @@ class TrainConfig(Section):
     """Folder or URI for checkpoints and the bundle."""
     name: str | None = None
     """Name of the run below `storage`; without one, a digest of the configuration."""
+
+    @property
+    def max_workers(self) -> int:
+        """Training processes at most."""
+        return self.num_workers if isinstance(self.num_workers, int) else max(self.num_workers)
 
 
 class Config(Section):
@@ -359,10 +366,12 @@ class Config(Section):
             )
         if self.text.ngram_max < self.text.ngram_min:
             raise ValueError("text.ngram_max is smaller than text.ngram_min")
-        if self.train.batch_size < 2 * self.train.num_workers:
+        if not isinstance(self.train.num_workers, int) and self.train.num_workers[0] > self.train.num_workers[1]:
+            raise ValueError(f"train.num_workers = {list(self.train.num_workers)}: the first number is the least")
+        least = 2 * self.train.max_workers * self.train.accumulation
+        if self.train.batch_size < least:
             raise ValueError(
-                f"train.batch_size = {self.train.batch_size} leaves a worker less than two rows; "
-                f"use at least {2 * self.train.num_workers}"
+                f"train.batch_size = {self.train.batch_size} leaves a worker less than two rows; use at least {least}"
             )
         if self.train.precision == "fp16" and not self.train.use_gpu:
             raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")

@@ -64,6 +64,8 @@ def test_a_configuration_may_lie_in_a_bucket(s3: str) -> None:
         ('[table]\ntrain = "x"\n[train]\nprecision = "fp16"\n', "needs train.use_gpu = true"),
         ('[table]\ntrain = "x"\n[model]\nwidth = 6\n[model.fusion]\nkind = "attention"\n', "does not divide"),
         ('[table]\ntrain = "x"\n[train]\nbatch_size = 2\nnum_workers = 2\n', "use at least 4"),
+        ('[table]\ntrain = "x"\n[train]\nbatch_size = 8\nnum_workers = [1, 2]\naccumulation = 3\n', "use at least 12"),
+        ('[table]\ntrain = "x"\n[train]\nnum_workers = [3, 2]\n', "num_workers"),
         ('[table]\ntrain = "x"\n[model.image_encoder]\nkind = "cnn"\nchannels = [0]\n', "channels.0"),
         ("", "'table' is missing"),
         ("[table\n", "is not TOML"),

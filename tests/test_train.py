@@ -29,11 +29,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "multilabel-gru-concat-two-workers": {
+    "multilabel-gru-concat-one-or-two-workers": {
         "table": {"label_column": "both"},
         "task": {"kind": "multilabel"},
         "model": {"text_encoder": {"kind": "gru", "hidden_dim": 8}, "fusion": {"kind": "concat"}},
-        "train": {"num_workers": 2},
+        "train": {"num_workers": [1, 2], "accumulation": 2},
     },
     "regression-rnn-conv-streamed": {
         "table": {"label_column": "value"},

@@ -20,7 +20,7 @@ from mmray.source import ImageSource
 from mmray.train.augment import augment
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
-from mmray.train.loop import TrainingLoss, to_tensors
+from mmray.train.steps import TrainingLoss, to_tensors
 
 FROZEN = {"kind": "efficientnet_lite0", "weights": "package", "freeze": True}
 

@@ -27,6 +27,7 @@ from mmray.slices import Slice, Table, cut, open_table, read_slice, slices_from_
 from mmray.source import ImageSource
 from mmray.table import cells, require_types
 from mmray.train.frozen import FrozenImages
+from mmray.train.rows import file_id
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -121,7 +122,8 @@ def preprocess_rows(
 ) -> ray.data.Dataset:
     """Returns the preprocessed, labelled rows of a split, lazily and in table order.
 
-    Columns: the arrays of `Features`, `present_<modality>`, and `target` (see `encode_targets`).
+    Columns: the arrays of `Features`, `present_<modality>`, `target` (see `encode_targets`), and which row of the table
+    it is: `file` (see `file_id`) and `row`, its number there.
     """
     table = tables.of(split)
     slice_rows = max(min(BLOCK_BYTES // row_bytes(config, len(labels)), max(table.num_rows // 16, 64)), 1)
@@ -139,13 +141,13 @@ def row_bytes(config: Config, num_labels: int, image_bytes: int | None = None) -
         (pixels if image_bytes is None else image_bytes)
         + 4 * (config.text.max_tokens + (config.text.max_ngrams if config.text.ngram_buckets else 0))
         + targets
-        + 56
+        + 72
     )
 
 
 def with_features(rows: ray.data.Dataset, split: Split, config: Config) -> ray.data.Dataset:
     """Returns preprocessed rows with what the frozen image network makes of their images in the images' place."""
-    gpus = config.train.num_workers if config.train.use_gpu else 0
+    gpus = config.train.max_workers if config.train.use_gpu else 0
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or local_cpus())
     return rows.map_batches(
         FrozenImages,
@@ -166,9 +168,8 @@ def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Da
 def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     (piece,) = slices_from_arrow(rows)
     columns = config.table
-    table = _rows_of(piece, config, None if separate else "train")
-    labelled = _labelled(table, config, None)
-    values, unlabelled = labelled[columns.label_column].to_pylist(), table.num_rows - labelled.num_rows
+    table, _ = _rows_of(piece, config, None if separate else "train")
+    values = table.filter(_is_labelled(table, config, None))[columns.label_column].to_pylist()
     words: Counter[str] = Counter()
     if columns.text_column is not None:
         for text in cells(table[columns.text_column]):
@@ -178,7 +179,7 @@ def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     mean = float(numbers.mean()) if len(numbers) else 0.0
     counts = {
         "rows": len(values),
-        "unlabelled": unlabelled,
+        "unlabelled": table.num_rows - len(values),
         "labels": {} if config.task.kind == "regression" else Counter(names),
         "words": words,
         "moments": [len(numbers), mean, float(((numbers - mean) ** 2).sum())],
@@ -197,8 +198,9 @@ def _preprocess_slice(
 ) -> dict[str, NDArray[np.generic]]:
     prepare_decoders()
     (piece,) = slices_from_arrow(rows)
-    table = _rows_of(piece, config, None if separate else split)
-    table = _labelled(table, config, labels)
+    table, numbers = _rows_of(piece, config, None if separate else split)
+    usable = _is_labelled(table, config, labels)
+    table, numbers = table.filter(usable), numbers[usable.to_numpy(zero_copy_only=False)]
     values = table[config.table.label_column].to_pylist()
     source = ImageSource(roots, config.image.max_bytes)
     modal = {name: cells(table[getattr(config.table, f"{name}_column")]) for name in config.table.modalities}
@@ -206,21 +208,28 @@ def _preprocess_slice(
     arrays = {name: _pad(name, array, config) for name, array in features.arrays.items()}
     present = {f"present_{name}": mask for name, mask in features.present.items()}
     targets = encode_targets(values, config.task.kind, labels, config.table.label_column)
-    return {**arrays, **present, "target": targets}
+    identity = {"file": np.full(len(values), file_id(piece.uri)), "row": numbers}
+    return {**arrays, **present, **identity, "target": targets}
 
 
-def _rows_of(piece: Slice, config: Config, split: Split | None) -> pa.Table:
-    """Reads the rows of a slice that belong to a split (all of them where the splits are separate tables)."""
+def _rows_of(piece: Slice, config: Config, split: Split | None) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Reads the rows of a slice that belong to a split (all of them where the splits are separate tables).
+
+    Returns:
+        The rows, and their numbers in the file.
+    """
     columns = config.table
     wanted = [*(getattr(columns, f"{name}_column") for name in columns.modalities), columns.label_column]
+    by_column = columns.split_column if split is not None else None
+    table = read_slice(piece, [*wanted, by_column] if by_column else wanted)
     if split is None:
-        return read_slice(piece, wanted)
-    if columns.split_column is not None:
-        table = read_slice(piece, [*wanted, columns.split_column])
-        return table.filter(pa.array([value == split for value in table[columns.split_column].to_pylist()], pa.bool_()))
-    table = read_slice(piece, wanted)
-    held_out = np.asarray([_is_held_out(key, config) for key in _split_keys(table, piece, columns)], bool)
-    return table.filter(pa.array(held_out if split == "validation" else ~held_out))
+        kept = np.ones(table.num_rows, bool)
+    elif by_column:
+        kept = np.asarray([value == split for value in table[by_column].to_pylist()], bool)
+    else:
+        held_out = np.asarray([_is_held_out(key, config) for key in _split_keys(table, piece, columns)], bool)
+        kept = held_out if split == "validation" else ~held_out
+    return table.filter(pa.array(kept)), piece.first_row + np.flatnonzero(kept)
 
 
 def _split_keys(table: pa.Table, piece: Slice, columns: TableConfig) -> list[str]:
@@ -234,9 +243,9 @@ def _is_held_out(key: str, config: Config) -> bool:
     return digest % _FRACTION_STEPS < config.table.validation_fraction * _FRACTION_STEPS
 
 
-def _labelled(table: pa.Table, config: Config, labels: Sequence[str] | None) -> pa.Table:
+def _is_labelled(table: pa.Table, config: Config, labels: Sequence[str] | None) -> pa.BooleanArray:
     cells_of_labels = table[config.table.label_column].to_pylist()
-    return table.filter(pa.array([is_label(cell, config.task.kind, labels) for cell in cells_of_labels], pa.bool_()))
+    return pa.array([is_label(cell, config.task.kind, labels) for cell in cells_of_labels], pa.bool_())
 
 
 def _pad(name: str, array: NDArray[np.generic], config: Config) -> NDArray[np.generic]:

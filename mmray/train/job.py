@@ -82,7 +82,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
         return TrainResult(bundle_uri, history, history[best_epoch(history)], 0)
     _check_image_encoder(config)
     finished = latest_checkpoint(folder)
-    with cluster(max(config.train.num_workers, local_cpus())):
+    with cluster(max(config.train.max_workers, local_cpus())):
         try:
             counts = survey(tables, config)
             config = with_epochs(config, counts.rows)
@@ -132,14 +132,17 @@ def _fit(
             target_mean=counts.target_mean,
             target_std=counts.target_std,
             num_rows=counts.rows,
+            files=[file.uri for file in tables.train.files],
             cached=cached,
-            num_threads=_threads_per_worker(train.num_workers),
             progress=progress,
         )
         trainer = ray.train.torch.TorchTrainer(
             train_worker,
             train_loop_config={"settings": settings},
-            scaling_config=ray.train.ScalingConfig(num_workers=train.num_workers, use_gpu=train.use_gpu),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=train.num_workers,  # type: ignore[arg-type]  # its first version, which is not used, took one
+                use_gpu=train.use_gpu,
+            ),
             run_config=ray.train.RunConfig(
                 name="ray", storage_path=scratch, failure_config=ray.train.FailureConfig(train.max_failures)
             ),
@@ -195,8 +198,10 @@ def with_epochs(config: Config, rows: int) -> Config:
 
 def _claim_run(config: Config, tables: Tables) -> str:
     """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
-    # Where a run is kept and how many processes work on it do not change what it is.
-    settings = config.model_dump(mode="json", exclude={"train": {"storage", "name", "num_workers", "max_failures"}})
+    # Where a run is kept, how many processes work on it and in what parts do not change what it is.
+    settings = config.model_dump(
+        mode="json", exclude={"train": {"storage", "name", "num_workers", "accumulation", "max_failures"}}
+    )
     files = [[f.uri, f.size, f.version] for t in (tables.train, tables.validation) if t for f in t.files]
     digest = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
     folder = open_store(config.train.storage).child(config.train.name or digest[:12])
@@ -240,10 +245,6 @@ def _check_image_encoder(config: Config) -> None:
         raise ConfigError(
             f"model.image_encoder does not take images of image.size = {size}: {str(error).splitlines()[0]}"
         ) from None
-
-
-def _threads_per_worker(num_workers: int) -> int:
-    return max(local_cpus() // num_workers, 1)
 
 
 def _make_bundle(

@@ -4,8 +4,7 @@ Reads preprocessed rows -> gives checkpoints in the run's folder. A worker that 
 complete checkpoint, so neither a lost worker nor a killed driver costs more than an epoch.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,42 +13,18 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmray.config import Config, TrainConfig
-from mmray.errors import ConfigError, TableError
+from mmray.cluster import local_cpus
+from mmray.config import Config
+from mmray.errors import TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
-from mmray.model.precision import autocast, resolve_precision
-from mmray.train.augment import augment
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from mmray.train.rows import Batch, CachedRows, Rows, ShuffledRows, StreamedRows
+from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
+from mmray.train.steps import Steps, TrainingLoss, to_tensors
 
 EVALUATION_BATCH = 128
-
-
-class TrainingLoss(nn.Module):
-    """The loss of a batch: of the fused prediction, and of each modality alone where `auxiliary_weight` asks for it.
-
-    L = loss(F) + w * sum over modalities m of loss(F with all but m withheld), over the rows that have m.
-    """
-
-    def __init__(self, model: FusionModel, auxiliary_weight: float) -> None:
-        super().__init__()
-        self.model, self._auxiliary_weight = model, auxiliary_weight
-
-    def forward(self, arrays: Mapping[str, Tensor], present: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        embeddings = self.model.encode(arrays)
-        loss = self.model.head.loss(self.model.fuse(embeddings, self.model.withhold(present)), targets)
-        if not self._auxiliary_weight or len(present) < 2:
-            return loss
-        for name, mask in present.items():
-            if not mask.any():
-                continue
-            rows = {other: embedding[mask] for other, embedding in embeddings.items()}
-            alone = {other: torch.full_like(mask[mask], other == name) for other in present}
-            loss = loss + self._auxiliary_weight * self.model.head.loss(self.model.fuse(rows, alone), targets[mask])
-        return loss
 
 
 @dataclass(frozen=True)
@@ -67,8 +42,9 @@ class Settings:
     target_std: float
     num_rows: int
     """Training rows."""
+    files: Sequence[str]
+    """URIs of the training table's files."""
     cached: bool
-    num_threads: int
     progress: Any
     """A Ray queue for the entries of the history."""
 
@@ -83,36 +59,31 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     settings = arguments["settings"]
     config, train = settings.config, settings.config.train
     rank = ray.train.get_context().get_world_rank()
-    torch.set_num_threads(settings.num_threads)
+    torch.set_num_threads(max(local_cpus() // ray.train.get_context().get_local_world_size(), 1))
     torch.manual_seed(train.seed)
     model = _build(settings)
     # The absent embedding of a modality gets no gradient from a batch in which it is never absent.
     loss_module = ray.train.torch.prepare_model(
         TrainingLoss(model, train.auxiliary_weight), parallel_strategy_kwargs={"find_unused_parameters": True}
     )
-    optimizer = _optimizer(train, model)
+    steps = Steps(loss_module, model, config, settings.num_steps, settings.files)
     rows, validation = _rows(settings), CachedRows("validation")
     state = _from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     if state is not None:
-        state.restore(model, optimizer)
+        state.restore(model, steps.optimizer)
         history, best = state.history, dict(state.best)
-    steps = _Steps(loss_module, model, optimizer, settings, done=len(history) * settings.num_steps // train.epochs)
+    steps.done = len(history) * settings.num_steps // train.epochs
     while len(history) < train.epochs and not _should_stop(history, config):
         torch.manual_seed(train.seed + 1000 * len(history) + rank)  # the same whether the run was interrupted or not
         loss = _mean(steps.run(rows.epoch(len(history))))
         entry = {"epoch": len(history) + 1, "train_loss": loss, **_validate(model, validation, config)}
         history = [*history, _from_first(entry)]
-        if not math.isfinite(history[-1]["train_loss"]):
-            raise ConfigError(
-                f"the training loss became {history[-1]['train_loss']} in epoch {len(history)}; "
-                "lower train.learning_rate or use train.precision = 'fp32'"
-            )
         if best_epoch(history) == len(history) - 1:
             best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if rank == 0:
-            save_checkpoint(settings.folder, Checkpoint.of(model, optimizer, best, history))
+            save_checkpoint(settings.folder, Checkpoint.of(model, steps.optimizer, best, history))
             settings.progress.put(history[-1])
         ray.train.report(history[-1])
 
@@ -129,63 +100,6 @@ def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
 def _should_stop(history: Sequence[Mapping[str, Any]], config: Config) -> bool:
     patience = config.train.patience
     return bool(patience and history and len(history) - 1 - best_epoch(history) >= patience)
-
-
-class _Steps:
-    """Optimiser steps, with the learning rate a function of how many were taken."""
-
-    def __init__(
-        self, loss: nn.Module, model: FusionModel, optimizer: torch.optim.Optimizer, settings: Settings, done: int
-    ) -> None:
-        self._loss, self._model, self._optimizer, self._settings, self._done = loss, model, optimizer, settings, done
-        self._train = settings.config.train
-        self._device = next(model.parameters()).device
-        self._precision = resolve_precision(self._train.precision, str(self._device))
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
-
-    def run(self, batches: Iterable[tuple[Batch, float]]) -> Iterator[float]:
-        """Yields the loss of each step."""
-        self._model.train()
-        for batch, factor in batches:
-            yield self._step(batch, factor)
-
-    def _step(self, batch: Batch, factor: float) -> float:
-        arrays, present, targets = to_tensors(batch, self._settings.config, self._device)
-        arrays = augment(arrays, self._train)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._train, self._done, self._settings.num_steps)
-        self._optimizer.zero_grad(set_to_none=True)
-        with autocast(str(self._device), self._precision):
-            loss: Tensor = factor * self._loss(arrays, present, targets)
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self._train.clip_norm:
-            self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._train.clip_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._done += 1
-        return float(loss.detach())
-
-
-def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Returns the learning rate of a step: a linear warm-up, then constant, linear to zero or half a cosine."""
-    warmup = int(train.warmup_fraction * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return train.learning_rate * factor[train.schedule]
-
-
-def to_tensors(
-    batch: Batch, config: Config, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Returns arrays, presence masks and targets of a batch on a device."""
-    # The blocks are read-only views of shared memory; `take` made these arrays the worker's own.
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in batch.items()}
-    targets = tensors.pop("target")
-    present = {name: tensors.pop(f"present_{name}") for name in config.table.modalities}
-    return tensors, present, targets.float() if config.task.kind in ("binary", "regression") else targets
 
 
 @torch.no_grad()
@@ -243,12 +157,6 @@ def _check_present(rows: CachedRows, config: Config) -> None:
                 f"no training row has a usable {name}; check table.{name}_column = {column!r}"
                 + (f" and table.image_roots = {list(config.table.image_roots)}" if name == "image" else "")
             )
-
-
-def _optimizer(train: TrainConfig, model: FusionModel) -> torch.optim.Optimizer:
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kinds[train.optimizer](parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
 
 
 def _mean(losses: Iterable[float]) -> float:

@@ -5,6 +5,7 @@ a copy, and each epoch draws its batches from a permutation that depends on the 
 are decoded anew each epoch, and shuffled within a buffer.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -15,6 +16,11 @@ from numpy.typing import NDArray
 Batch = Mapping[str, NDArray[np.generic]]
 
 SHUFFLE_BATCHES = 64  # batches in the shuffle buffer of a streamed table
+
+
+def file_id(uri: str) -> int:
+    """Returns the number that stands for a file beside each of its rows."""
+    return zlib.crc32(uri.encode())
 
 
 class Rows(Protocol):
