@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mmray.errors import EnvironmentFaultError
-from mmray.report import Evaluation, Ledger, Report, Scoring, histogram, write_report
+from mmray.report import write_report
+from mmray.report.sections import Evaluation, Ledger, Report, Scoring, histogram
 
 
 def evaluation() -> Evaluation:

@@ -69,12 +69,16 @@ def epoch_line(entry: dict[str, Any]) -> str:
 
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
-        "evaluate", help="measure a bundle on a labelled table, fused and each modality alone"
+        "evaluate",
+        help="measure a bundle on a labelled table, fused and each modality alone",
+        description="Measure a bundle on a labelled table in one pass: fused, each modality alone and the mean of "
+        "these, by the modalities that rows have, and at other weights of the image where the fusion has one.",
     )
     evaluate.add_argument("bundle", metavar="BUNDLE")
     evaluate.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and report.html")
     evaluate.add_argument("--split", help="measure only rows with this value of the bundle's split column")
+    evaluate.add_argument("--slice-by", metavar="C", help="column whose values group the rows, each group measured")
     add_placement(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -83,17 +87,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mmray.evaluate import evaluate_bundle
     from mmray.report import write_report
     from mmray.store import split_uri
-    from mmray.summary import evaluation_report, metrics_table
+    from mmray.summary import evaluation_json, evaluation_report, evaluation_text
 
     scheme, folder = split_uri(args.output)
     if scheme != "file":
         raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
-    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split)
+    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split, by=args.slice_by)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump(
-            {"rows": evaluation.rows, "skipped": evaluation.skipped, "metrics": evaluation.metrics}, file, indent=1
-        )
+        json.dump(evaluation_json(evaluation), file, indent=1)
     write_report(folder, evaluation_report(evaluation, args.bundle))
-    print(metrics_table(evaluation))
+    print(evaluation_text(evaluation))
     print(os.path.join(folder, "report.html"))
