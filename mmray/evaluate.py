@@ -74,7 +74,7 @@ class Evaluation:
     targets: NDArray[np.generic]
     """[N] or [N, K], see `mmray.labels.encode_targets`."""
     image_weight: NDArray[np.float32]
-    """[N] weight of the image where the fusion has one, else empty."""
+    """Weight of the image in each row measured, where the fusion has one; else empty."""
     mistakes: list[Mistake]
     """The worst, the worst first."""
 
@@ -104,11 +104,7 @@ def evaluate_bundle(
             found = list(map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"))
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
-    found.sort(key=lambda row: row["slice"])
-    parts = [_unpacked(row["arrays"]) for row in found]
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    mistakes = worst_of(json.loads(row["mistakes"]) for row in found)
-    return _measure(info, arrays, sum(row["skipped"] for row in found), mistakes, table, split)
+    return measure_slices(info, found, table, split)
 
 
 class SlicePredictor:
@@ -196,19 +192,21 @@ def _plan(
     return cut(opened, options.slice_rows), opened.image_roots(options.image_roots)
 
 
-def _measure(
-    info: BundleInfo,
-    arrays: Mapping[str, NDArray[Any]],
-    skipped: int,
-    mistakes: list[Mistake],
-    table: str,
-    split: str | None,
-) -> Evaluation:
+def measure_slices(info: BundleInfo, found: Sequence[Mapping[str, Any]], table: str, split: str | None) -> Evaluation:
+    """Measures what `SlicePredictor` found in all slices of a table, in any order.
+
+    Raises:
+        TableError: there is nothing to measure.
+    """
+    found = sorted(found, key=lambda row: int(row["slice"]))
+    parts = [_unpacked(row["arrays"]) for row in found]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     task, targets = info.config.task.kind, arrays["targets"]
     views = _named(arrays, "view/")
     if len(views) > 1:
         views[LATE] = _late_average([view for name, view in views.items() if name != FUSED])
-    rows = int(np.isfinite(views[FUSED]).all(axis=1).sum())
+    known = np.isfinite(views[FUSED]).all(axis=1)
+    rows = int(known.sum())
     if not rows:
         raise TableError(f"no row of {table!r} has a label and a prediction; there is nothing to measure")
     measured = {name: _measured(task, view, targets) for name, view in views.items()}
@@ -217,14 +215,14 @@ def _measure(
         table=table,
         split=split,
         rows=rows,
-        skipped=skipped + len(targets) - rows,
+        skipped=sum(row["skipped"] for row in found) + len(targets) - rows,
         metrics={name: metrics for name, metrics in measured.items() if metrics},
         groups={by: _groups(task, names, views[FUSED], targets) for by, names in _named(arrays, "group/").items()},
         sweep={float(a): _measured(task, view, targets) for a, view in _named(arrays, "alpha/").items()},
         outputs=views,
         targets=targets,
-        image_weight=arrays.get("image_weight", np.zeros(0, np.float32))[np.isfinite(views[FUSED]).all(axis=1)],
-        mistakes=mistakes,
+        image_weight=arrays["image_weight"][known] if "image_weight" in arrays else np.zeros(0, np.float32),
+        mistakes=worst_of(json.loads(row["mistakes"]) for row in found),
     )
 
 

@@ -64,7 +64,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, Any]:
         "skipped": evaluation.skipped,
         "metrics": evaluation.metrics,
         "groups": {by: [asdict(group) for group in groups] for by, groups in evaluation.groups.items()},
-        "alpha_sweep": [{"alpha": alpha, "metrics": metrics} for alpha, metrics in evaluation.sweep.items()],
+        "alpha_sweep": [{"alpha": alpha, **metrics} for alpha, metrics in evaluation.sweep.items()],
     }
 
 
@@ -91,7 +91,7 @@ def _evaluation_section(evaluation: Evaluation, task: str) -> Section:
     weights = evaluation.image_weight
     if len(weights):
         section["alpha"] = {"value": float(weights.mean()), "rows": histogram(weights, 0.0, 1.0)}
-        section["alpha"]["sweep"] = [{"alpha": a, "metrics": metrics} for a, metrics in evaluation.sweep.items()]
+        section["alpha"]["sweep"] = [{"alpha": alpha, **metrics} for alpha, metrics in evaluation.sweep.items()]
         section["alpha"]["sweep_metric"] = PRIMARY[task]
     if task == "regression":
         section["scatter"] = scatter(evaluation.outputs[FUSED][:, 0], evaluation.targets)

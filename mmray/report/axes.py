@@ -50,17 +50,16 @@ def axis(low: float, high: float, *, whole: bool = False, extend: bool = True) -
 
 
 class Line(NamedTuple):
-    """One series over the epochs."""
+    """One series."""
 
     name: str
-    points: list[tuple[int, float]]
-    """(epoch, value), where there is a value."""
+    points: list[tuple[float, float]]
+    """(x, y), where there is a value."""
 
 
-def lines(epochs: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, Line]:
-    """Returns a line for each key of `names` (key -> name) that has values."""
+def lines(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], x: str = "epoch") -> dict[str, Line]:
+    """Returns a line over the rows' `x` for each key of `names` (key -> name) that has values."""
     found = {
-        key: Line(name, [(epoch["epoch"], epoch[key]) for epoch in epochs if epoch.get(key) is not None])
-        for key, name in names.items()
+        key: Line(name, [(row[x], row[key]) for row in rows if row.get(key) is not None]) for key, name in names.items()
     }
     return {key: line for key, line in found.items() if line.points}

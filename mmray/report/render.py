@@ -12,10 +12,11 @@ from typing import Any
 
 import jinja2
 
-from mmray.report.axes import axis, lines
+from mmray.report.axes import Line, axis, lines
 
 
 def render(report: Mapping[str, Any]) -> str:
+    """Returns the page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmray", "report"),
         autoescape=True,
@@ -29,6 +30,10 @@ def render(report: Mapping[str, Any]) -> str:
         "percent": _percent,
         "duration": _duration,
         "moment": _moment,
+        "line": lambda curve: Line(curve["name"], curve["points"]),
+        "metric_names": lambda metrics: list(dict.fromkeys(name for values in metrics for name in values)),
+        "with_rows": lambda views: [(name, None, metrics) for name, metrics in views.items()],
+        "group_lines": lambda groups: [(group["name"], group["rows"], group["metrics"]) for group in groups],
         "indented": lambda value: json.dumps(value, ensure_ascii=False, indent=2),
     }
     environment.globals |= {"axis": axis, "lines": lines}

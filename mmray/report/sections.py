@@ -76,13 +76,6 @@ class Mistake(TypedDict):
     """A data URI."""
 
 
-class SweepPoint(TypedDict):
-    """What the model is worth with one weight of the image in every row."""
-
-    alpha: float
-    metrics: Mapping[str, float | None]
-
-
 class ImageWeight(TypedDict, total=False):
     """The share of the image in the fusion, 0 to 1."""
 
@@ -90,7 +83,8 @@ class ImageWeight(TypedDict, total=False):
     """The one learned weight, or the mean over the rows."""
     rows: Histogram
     """The weights of single rows, where a gate sets them."""
-    sweep: list[SweepPoint]
+    sweep: list[Mapping[str, float | None]]
+    """`alpha`, the weight of the image in every row, and the metrics there."""
     sweep_metric: str
     """The metric of the sweep to draw."""
 
