@@ -96,7 +96,7 @@ def evaluate_bundle(
     """
     options = options or ScoreConfig()
     info = read_info(bundle)
-    slices, roots = _plan(info, table, options, split, by)
+    slices, roots = plan_slices(info, table, options, split, by)
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
     with cluster(cpus_for(options)):
         try:
@@ -179,9 +179,14 @@ def _unpacked(data: bytes) -> dict[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def _plan(
+def plan_slices(
     info: BundleInfo, table: str, options: ScoreConfig, split: str | None, by: str | None
 ) -> tuple[list[Slice], tuple[str, ...]]:
+    """Returns the slices of a table to measure, and where its images may lie.
+
+    Raises:
+        MmrayError: the table lacks a column that is needed.
+    """
     trained = info.config.table
     columns = {name: column_of(name, options, trained) for name in trained.modalities}
     if split is not None and trained.split_column is None:

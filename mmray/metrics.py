@@ -60,7 +60,7 @@ def _functional() -> Any:
 
 def _binary(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     functional = _functional().classification
-    positive, targets = probabilities[:, 1], targets.long()
+    positive, targets = probabilities[:, 1].contiguous(), targets.long()
     return {
         "accuracy": functional.binary_accuracy(positive, targets),
         "f1": functional.binary_f1_score(positive, targets),

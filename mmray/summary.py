@@ -131,7 +131,8 @@ def _facts(evaluation: Evaluation) -> dict[str, str | int | float]:
         facts["labels"] = len(evaluation.info.labels)
     encoders = {"image": model.image_encoder, "text": model.text_encoder}
     facts |= {f"{name} encoder": str(getattr(encoders[name], "name", encoders[name].kind)) for name in modalities}
-    facts["fusion"] = " ".join([model.fusion.kind.replace("_", " "), str(getattr(model.fusion, "alpha", ""))]).strip()
+    alpha = getattr(model.fusion, "alpha", None)
+    facts["fusion"] = model.fusion.kind.replace("_", " ") + (f", alpha {alpha}" if alpha else "")
     facts["loss"] = str(getattr(config.task, "loss", "binary cross-entropy")).replace("_", " ")
     if config.task.kind != "regression" and config.task.calibrate:
         facts["temperature"] = trained["validation"]["temperature"]
