@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -17,8 +18,9 @@ import pytest
 from models import colour_table, saved_bundle, score_in_process, small_config
 from processes import ALONE, wait_for
 
-from mmray.bundle import load_bundle, save_bundle
+from mmray.bundle import load_bundle, read_info, save_bundle
 from mmray.cluster import cluster
+from mmray.compare import compare_fusions
 from mmray.errors import BundleError, ConfigError, TableError
 from mmray.evaluate import evaluate_bundle
 from mmray.options import ScoreConfig
@@ -49,7 +51,7 @@ def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 RUNS: dict[str, dict[str, Any]] = {
     "binary-bidirectional-gated-modality-dropout": {
         "table": {"label_column": "is_red"},
-        "task": {"kind": "binary", "positive_label": "yes"},
+        "task": {"kind": "binary", "positive_label": "yes", "calibrate": True},
         "model": {
             "text_encoder": {"kind": "lstm", "hidden_dim": 8, "bidirectional": True},
             "fusion": {"kind": "weighted_sum", "alpha": "gated"},
@@ -98,6 +100,9 @@ def test_every_task_and_part_trains_and_scores(ray_cluster: None, rows: Path, tm
     loaded = load_bundle(result.bundle)
     assert loaded.golden is not None
     assert loaded.golden.num_rows == 10
+    if result.best.get("temperature"):
+        assert loaded.weights["head.temperature"].item() == pytest.approx(result.best["temperature"])
+    assert ("temperature" in result.best) == getattr(config.task, "calibrate", False)
     ledger = score_in_process(result.bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
     assert ledger.statuses == {"ok": 240}
     assert verify_output(str(tmp_path / "out"), 2).passed
@@ -108,12 +113,31 @@ def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured(
 ) -> None:
     config = run_config(rows, tmp_path, "learn", train={"epochs": 12, "auxiliary_weight": 0.5, "batch_size": 16})
     evaluation = evaluate_bundle(train_model(config).bundle, str(rows))
-    assert set(evaluation.metrics) == {"all modalities", "image only", "text only"}
+    assert set(evaluation.metrics) == {"all modalities", "image only", "text only", "late average"}
     assert all(metrics["accuracy"] > 0.9 for metrics in evaluation.metrics.values())
     assert evaluation.rows == 240
     assert evaluation.confusion is not None
     assert sum(map(sum, evaluation.confusion)) == 240
     assert len(evaluation.image_weight) == 240
+
+
+def test_fusions_are_compared_over_seeds_and_what_is_done_is_not_done_again(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    config = run_config(rows, tmp_path, "kinds", train={"epochs": 1})
+    seen: list[dict[str, Any]] = []
+    compared = compare_fusions(config, ["concat"], 2, table=str(rows), on_run=seen.append)
+    assert seen == compared["runs"]
+    accuracy = [run["metrics"]["all modalities"]["accuracy"] for run in seen]
+    assert compared["summary"]["concat"]["all modalities"] == pytest.approx(
+        (np.mean(accuracy), np.std(accuracy, ddof=1))
+    )
+    for seed, run in enumerate(seen):
+        trained = read_info(run["bundle"]).config
+        assert (trained.model.fusion.kind, trained.train.seed) == ("concat", seed)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert compare_fusions(config, ["concat"], 2, table=str(rows)) == compared
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(

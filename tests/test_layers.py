@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluate", "parity", "schedule"},
     {"report", "progress"},
     {"summary"},
-    {"demo"},
+    {"demo", "compare"},
     {"commands"},
     {"cli"},
 )
