@@ -14,6 +14,7 @@ from mmray import __version__
 from mmray.curves import against_the_rest, precision_recall, reliability, roc, scatter
 from mmray.evaluate import FUSED, LATE, USED, Evaluation
 from mmray.metrics import CALIBRATION_BINS, PRIMARY, confusion_matrix, per_label
+from mmray.report.render import metric_title
 from mmray.report.sections import Epoch, Headline, Histogram, Provenance, ReasonCount, Report, Scoring, histogram
 from mmray.report.sections import Evaluation as Section
 from mmray.score.job import ScoreResult
@@ -98,8 +99,9 @@ def _evaluation_section(evaluation: Evaluation, task: str) -> Section:
     else:
         _add_labels(section, evaluation, task)
     section["mistakes"] = [{**mistake} for mistake in evaluation.mistakes]
-    section["training"] = [_epoch(entry, task) for entry in evaluation.info.metrics.get("history", [])]
-    section["training_metric"] = PRIMARY[task]
+    if history := evaluation.info.metrics.get("history"):
+        section["training"] = [_epoch(entry, task) for entry in history]
+        section["training_metric"] = PRIMARY[task]
     section["facts"] = _facts(evaluation)
     return section
 
@@ -143,7 +145,7 @@ def evaluation_tiles(evaluation: Evaluation) -> list[Headline]:
     """Returns the headline numbers of an evaluation: the main metric of each view."""
     metric = PRIMARY[evaluation.info.config.task.kind]
     return [
-        {"label": f"{metric.replace('_', ' ')}, {view}", "value": _number(values[metric])}
+        {"label": f"{metric_title(metric)}, {view}", "value": _number(values[metric])}
         for view, values in evaluation.metrics.items()
     ]
 

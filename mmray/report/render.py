@@ -30,6 +30,8 @@ def render(report: Mapping[str, Any]) -> str:
         "percent": _percent,
         "duration": _duration,
         "moment": _moment,
+        "metric_title": metric_title,
+        "sentence": lambda text: text[:1].upper() + text[1:],
         "line": lambda curve: Line(curve["name"], curve["points"]),
         "metric_names": lambda metrics: list(dict.fromkeys(name for values in metrics for name in values)),
         "with_rows": lambda views: [(name, None, metrics) for name, metrics in views.items()],
@@ -41,6 +43,14 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 _NOTHING = "\u2013"  # en dash: no number, which is not the number zero
+
+
+_SPELLED = {"auroc": "AUROC", "mae": "MAE", "rmse": "RMSE", "r2": "R\N{SUPERSCRIPT TWO}"}
+
+
+def metric_title(name: str) -> str:
+    """Returns the name of a metric as people write it."""
+    return _SPELLED.get(name, name.replace("_", " ").replace("f1", "F1"))
 
 
 def _number(value: str | float | None) -> str:
