@@ -60,13 +60,13 @@ def compare_fusions(
     with cluster(max(config.train.num_workers, local_cpus())):
         for kind in kinds:
             for seed in range(seeds):
-                runs.append(_run(_variant(config, kind, seed), kind, table, split))
+                runs.append(_run(variant(config, kind, seed), kind, table, split))
                 on_run(runs[-1])
     return {"table": table, "split": split, "summary": summarised(runs), "runs": runs}
 
 
-def _variant(config: Config, kind: str, seed: int) -> Config:
-    """Returns the configuration of one run."""
+def variant(config: Config, kind: str, seed: int) -> Config:
+    """Returns the configuration of one run: with its own name, seed and fusion."""
     raw = config.model_dump()
     if raw["model"]["fusion"]["kind"] != kind:
         raw["model"]["fusion"] = {"kind": kind}

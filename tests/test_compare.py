@@ -7,7 +7,7 @@ import pytest
 from models import small_config
 
 from mmray.cli import main
-from mmray.compare import KINDS, compare_fusions, comparison_text, summarised
+from mmray.compare import KINDS, compare_fusions, comparison_text, summarised, variant
 from mmray.config import FusionConfig
 from mmray.errors import ConfigError
 
@@ -21,6 +21,16 @@ def run(fusion: str, seed: int, fused: float, image: float, text: float) -> dict
 def test_every_kind_of_fusion_is_compared() -> None:
     union, _ = get_args(FusionConfig)
     assert set(KINDS) == {section().kind for section in get_args(union)}
+
+
+def test_each_run_has_its_name_seed_and_fusion_and_the_configs_own_fusion_keeps_its_settings() -> None:
+    fusion = {"kind": "weighted_sum", "alpha": "gated"}
+    config = small_config(model={**small_config().model.model_dump(), "fusion": fusion}, train={"name": "shop"})
+    own, other = variant(config, "weighted_sum", 2), variant(config, "attention", 0)
+    assert own.model.fusion == config.model.fusion
+    assert (own.train.name, own.train.seed) == ("shop-weighted_sum-2", 2)
+    assert (other.train.name, other.train.seed, other.model.fusion.kind) == ("shop-attention-0", 0, "attention")
+    assert other.model.image_encoder == config.model.image_encoder
 
 
 def test_the_table_has_means_spreads_and_the_gain_over_the_better_modality_of_the_same_run() -> None:
