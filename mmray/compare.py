@@ -53,9 +53,12 @@ def compare_fusions(
         raise ConfigError(
             "on its training table a model would be measured by what it knows by heart; give --split or --table"
         )
+    if split is not None and config.table.split_column is None:
+        raise ConfigError("--split needs table.split_column in the configuration; set it, or give --table")
     if seeds < 1:
         raise ConfigError(f"--seeds: {seeds} runs are none to compare; give 1 or more")
     table = table or config.table.train
+    open_table(table, [config.table.label_column])  # what is wrong with it shows before hours of training
     runs = []
     with cluster(max(config.train.num_workers, local_cpus())):
         for kind in kinds:

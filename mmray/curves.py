@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 MAX_POINTS = 100  # of a curve: more than can be told apart
 MAX_DOTS = 300
+MAX_PAIRS = 5_000_000  # sorted in a second
 Points = list[tuple[float, float]]
 Pooled = tuple[NDArray[np.floating], NDArray[np.bool_]]
 """[P] probabilities, and [P] whether what they promise is true."""
@@ -28,11 +29,15 @@ class ReliabilityBin(TypedDict):
 def against_the_rest(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> Pooled:
     """Pools each (row, label) pair, which is the micro-average of one label against the rest; of binary the positive.
 
+    Of more than `MAX_PAIRS` an even sample of the rows stands for all.
+
     Args:
         task: `binary`, `multiclass` or `multilabel`.
         outputs: [N, K] probabilities.
         targets: as `mmray.metrics.measure` takes them.
     """
+    step = max(-(-outputs.size // MAX_PAIRS), 1)
+    outputs, targets = outputs[::step], targets[::step]
     if task == "binary":
         return outputs[:, 1], targets == 1
     carried = targets != 0 if task == "multilabel" else np.eye(outputs.shape[1], dtype=bool)[targets.astype(np.int64)]

@@ -22,6 +22,8 @@ from mmray.score.ledger import HISTOGRAM_BINS, Ledger
 from mmray.score.verify import VerifyReport
 from mmray.table import Reason
 
+MAX_CONFUSED = 60  # labels: a larger matrix cannot be read
+
 
 def evaluation_text(evaluation: Evaluation) -> str:
     """Returns what was measured as aligned tables: each view, groups of rows, and the sweep of alpha."""
@@ -112,7 +114,7 @@ def _add_labels(section: Section, evaluation: Evaluation, task: str) -> None:
     seen = {name: (view[known[name]], evaluation.targets[known[name]]) for name, view in evaluation.outputs.items()}
     pooled = {name: against_the_rest(task, *view) for name, view in seen.items() if name != LATE and len(view[0])}
     outputs, targets = seen[FUSED]
-    if task != "multilabel":
+    if task != "multilabel" and len(labels) <= MAX_CONFUSED:
         section["confusion"] = {"labels": labels, "counts": confusion_matrix(outputs, targets)}
     section["per_label"] = [{**quality} for quality in per_label(task, outputs, targets, labels)]
     section["roc"] = [{"name": name, "points": roc(pairs)} for name, pairs in pooled.items()]

@@ -9,7 +9,7 @@ from models import small_config
 from mmray.cli import main
 from mmray.compare import KINDS, compare_fusions, comparison_text, summarised, variant
 from mmray.config import FusionConfig
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, TableError
 
 
 def run(fusion: str, seed: int, fused: float, image: float, text: float) -> dict[str, object]:
@@ -55,11 +55,15 @@ def test_a_model_of_one_modality_has_no_gain() -> None:
     }  # fmt: skip
 
 
-def test_measuring_on_the_rows_that_were_learned_is_refused() -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained() -> None:
     with pytest.raises(ConfigError, match="give --split or --table"):
         compare_fusions(small_config(), KINDS, 3)
+    with pytest.raises(ConfigError, match=r"--split needs table.split_column"):
+        compare_fusions(small_config(), KINDS, 3, split="test")
+    with pytest.raises(TableError, match="no such table"):
+        compare_fusions(small_config(), KINDS, 3, table="nowhere")
     with pytest.raises(ConfigError, match="--seeds: 0 runs are none to compare"):
-        compare_fusions(small_config(), KINDS, 0, split="test")
+        compare_fusions(small_config(), KINDS, 0, table="rows")
 
 
 def test_a_fusion_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:

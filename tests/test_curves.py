@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmray.curves import MAX_POINTS, against_the_rest, precision_recall, reliability, roc, scatter
+from mmray.curves import MAX_PAIRS, MAX_POINTS, against_the_rest, precision_recall, reliability, roc, scatter
 from mmray.metrics import measure
 
 PROBABILITIES, CARRIED = np.array([0.9, 0.8, 0.8, 0.1], np.float32), np.array([True, True, False, False])
@@ -62,3 +62,11 @@ def test_a_scatter_covers_the_range_and_leaves_out_what_is_not_finite() -> None:
     assert points[0] == (0, 0)
     assert points[-1] == (9999, -9999)
     assert all(np.isfinite(points).ravel())
+
+
+def test_what_is_pooled_is_bounded() -> None:
+    outputs = np.broadcast_to(np.float32(0.5), (MAX_PAIRS // 2, 3))
+    probabilities, carried = against_the_rest("multilabel", outputs, outputs)
+    assert len(probabilities) == len(carried)
+    assert MAX_PAIRS / 2 < len(probabilities) <= MAX_PAIRS + 3
+    assert roc(against_the_rest("multilabel", outputs[:0], outputs[:0])) == []
