@@ -348,11 +348,6 @@ class Config(Section):
                 f"train.batch_size = {self.train.batch_size} leaves a worker less than two rows; "
                 f"use at least {2 * self.train.num_workers}"
             )
-        if self.train.batch_size % self.train.num_workers:
-            raise ValueError(
-                f"train.batch_size = {self.train.batch_size} is no multiple of train.num_workers = "
-                f"{self.train.num_workers}; every worker takes the same number of rows"
-            )
         if self.train.precision == "fp16" and not self.train.use_gpu:
             raise ValueError("train.precision = 'fp16' needs train.use_gpu = true; use 'bf16'")
         return self

@@ -55,3 +55,11 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
     assert obstore.list(S3Store(bucket)).collect() == []
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    from mmray.cluster import cluster
+
+    with cluster(2):
+        yield

@@ -115,7 +115,7 @@ def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_reque
 async def until_ready(client: httpx.AsyncClient, deployed: Deployed, bundle: str) -> None:
     taken = False
     while True:
-        assert deployed.head.process.poll() is None, "the cluster did not start"
+        deployed.head.check()
         try:
             if not taken:
                 await asyncio.to_thread(deployed.deploy, bundle)

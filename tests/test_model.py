@@ -20,6 +20,7 @@ from mmray.model.fusion import WeightedSum, build_fusion
 from mmray.model.heads import build_head
 from mmray.model.vision import torchvision
 from mmray.train.loop import TrainingLoss, best_epoch
+from mmray.train.rows import shares
 
 FUSIONS: list[dict[str, Any]] = [
     {"kind": "weighted_sum", "alpha": "fixed", "initial_alpha": 0.3},
@@ -396,6 +397,22 @@ def test_a_config_builds_the_same_model_for_the_same_seed() -> None:
         torch.manual_seed(3)
         states.append(FusionModel(config, num_labels=3, words=WORDS).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "world"), [(100, 32, 1), (100, 32, 3), (100, 32, 7), (5, 32, 4)])
+def test_workers_share_each_batch_and_together_average_over_all_of_its_rows(
+    rows: int, batch_size: int, world: int
+) -> None:
+    order = np.random.default_rng(0).permutation(rows)
+    workers = [list(shares(order, batch_size, rank, world)) for rank in range(world)]
+    assert {len(batches) for batches in workers} == {max(rows // batch_size, 1)}, "they take their steps together"
+    for batch in zip(*workers, strict=True):
+        seen = np.concatenate([mine for mine, _ in batch])
+        assert len(seen) == (batch_size if rows >= batch_size else max(rows, 2 * world))
+        if rows >= batch_size:
+            assert len(set(seen)) == batch_size
+        of_workers = [factor * mine.mean() for mine, factor in batch]
+        assert np.mean(of_workers) == pytest.approx(seen.mean())
 
 
 def test_the_epoch_with_the_lowest_validation_loss_becomes_the_model() -> None:

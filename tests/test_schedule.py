@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle
-from processes import ALONE
 
-from mmray.cluster import cluster
 from mmray.errors import ErrorBudgetError, GateError, TableError
 from mmray.options import ScoreConfig
 from mmray.schedule.lease import lease
@@ -73,12 +69,6 @@ class Schedule:
 @pytest.fixture
 def schedule(rows: Path, bundles: list[str], tmp_path: Path) -> Schedule:
     return Schedule(rows, tmp_path, bundles[0])
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with cluster(2):
-        yield
 
 
 @pytest.mark.ray
@@ -166,25 +156,6 @@ def test_rows_that_failed_are_scored_again_when_asked_and_old_runs_go(
     assert schedule.read()[0]["status"] == "ok"
     assert schedule.tick(QUICK.model_copy(update={"retry_failed": True})).outcome == "nothing new"
     assert schedule.tick(QUICK.model_copy(update={"full": True})).new_rows == 30
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_tick_that_is_killed_is_continued_by_the_next(schedule: Schedule, rows: Path) -> None:
-    schedule.add("part-1.parquet", "part-2.parquet", "part-3.parquet")
-    command = [sys.executable, "-m", "mmray.cli", "tick", schedule.bundle, schedule.table, schedule.root]
-    command += ["--image-root", str(rows), "--slice-rows", "5", "--lease-s", "4", "--actors", "1"]
-    parts = Path(schedule.root, "runs")
-    with subprocess.Popen(command, env=ALONE, start_new_session=True) as killed:
-        while len(list(parts.glob("*/data/part-*"))) < 3:
-            assert killed.poll() is None, "it ended before it could be killed"
-            time.sleep(0.02)
-        os.killpg(killed.pid, signal.SIGKILL)
-    assert not Path(schedule.root, "published").exists()
-    following = subprocess.run(command, env=ALONE, capture_output=True, text=True, check=True)
-    assert following.stdout.startswith("published number 1: 120 rows, 120 scored now")
-    assert len(list(parts.iterdir())) == 1, "the run that was begun"
-    assert verify_output(str(next(parts.iterdir())), 2).passed
 
 
 def test_a_lease_has_one_holder_and_outlives_a_dead_one(tmp_path: Path) -> None:

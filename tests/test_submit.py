@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,24 +36,13 @@ SUBMIT = (sys.executable, "-m", "mmray.cli", "submit")
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     with running_head() as head:
-        wait_for(lambda: answers(head))
+        wait_for(head.answers)
         yield head
-
-
-def answers(head: Head) -> bool:
-    assert head.process.poll() is None, "the cluster did not start"
-    with suppress(httpx.TransportError):
-        return asked(head, "GET", "version").is_success
-    return False
-
-
-def asked(head: Head, method: str, path: str) -> httpx.Response:
-    return httpx.request(method, f"{head.url}/api/{path}", headers={"Authorization": f"Bearer {head.token}"})
 
 
 def jobs(head: Head, name: str) -> dict[str, Any]:
     """The jobs whose ids begin so."""
-    found = {job["submission_id"] or "": job for job in asked(head, "GET", "jobs/").raise_for_status().json()}
+    found = {job["submission_id"] or "": job for job in head.asked("GET", "jobs/").raise_for_status().json()}
     return {job_id: job for job_id, job in found.items() if job_id.startswith(name)}
 
 
@@ -288,7 +276,7 @@ def test_an_interrupted_submit_leaves_the_job_running_and_the_same_command_follo
 
 
 def stop(head: Head, job_id: str, waiting: Waiting) -> None:
-    asked(head, "POST", f"jobs/{job_id}/stop").raise_for_status()
+    head.asked("POST", f"jobs/{job_id}/stop").raise_for_status()
 
 
 def kill(head: Head, job_id: str, waiting: Waiting) -> None:

@@ -144,13 +144,13 @@ class _Steps:
         self._precision = resolve_precision(self._train.precision, str(self._device))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[float]:
+    def run(self, batches: Iterable[tuple[Batch, float]]) -> Iterator[float]:
         """Yields the loss of each step."""
         self._model.train()
-        for batch in batches:
-            yield self._step(batch)
+        for batch, factor in batches:
+            yield self._step(batch, factor)
 
-    def _step(self, batch: Batch) -> float:
+    def _step(self, batch: Batch, factor: float) -> float:
         arrays, present, targets = to_tensors(batch, self._settings.config, self._device)
         if self._train.augment and "image" in arrays:
             arrays["image"] = augment(arrays["image"])
@@ -158,7 +158,7 @@ class _Steps:
             group["lr"] = learning_rate(self._train, self._done, self._settings.num_steps)
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(str(self._device), self._precision):
-            loss: Tensor = self._loss(arrays, present, targets)
+            loss: Tensor = factor * self._loss(arrays, present, targets)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._train.clip_norm:
             self._scaler.unscale_(self._optimizer)

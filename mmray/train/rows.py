@@ -20,8 +20,12 @@ SHUFFLE_BATCHES = 64  # batches in the shuffle buffer of a streamed table
 class Rows(Protocol):
     """Training rows of one worker."""
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Yields the worker's batches of an epoch; every worker gets the same number of batches."""
+    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+        """Yields the worker's batches of an epoch; every worker gets the same number of batches.
+
+        Beside each stands the factor of its loss: gradients are averaged over workers, whose batches differ by a row
+        where the workers do not divide the batch. With it the average is that of all its rows.
+        """
 
 
 class CachedRows:
@@ -65,15 +69,24 @@ class ShuffledRows:
     def __init__(self, rows: CachedRows, batch_size: int, seed: int) -> None:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+        """See `Rows`."""
         context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
         order = np.random.default_rng([self._seed, number]).permutation(len(self._rows))
-        if len(order) < self._batch_size:  # a table smaller than one batch: every worker still needs two rows
-            order = np.resize(order, max(len(order), 2 * world))
-        step = min(self._batch_size, len(order))
-        for start in range(0, len(order) - step + 1, step):
-            yield self._rows.take(order[start : start + step][rank::world])
+        for mine, factor in shares(order, self._batch_size, context.get_world_rank(), context.get_world_size()):
+            yield self._rows.take(mine), factor
+
+
+def shares(
+    order: NDArray[np.int64], batch_size: int, rank: int, world: int
+) -> Iterator[tuple[NDArray[np.int64], float]]:
+    """Yields a worker's part of each batch of an order of rows, and the factor of its loss; see `Rows`."""
+    if len(order) < batch_size:  # a table smaller than one batch: every worker still needs two rows
+        order = np.resize(order, max(len(order), 2 * world))
+    step = min(batch_size, len(order))
+    for start in range(0, len(order) - step + 1, step):
+        mine = order[start : start + step][rank::world]
+        yield mine, len(mine) * world / step
 
 
 class StreamedRows:
@@ -83,7 +96,8 @@ class StreamedRows:
         self._shard, self._seed = ray.train.get_dataset_shard(split), seed
         self._batch_size = max(batch_size // ray.train.get_context().get_world_size(), 1)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+        """See `Rows`."""
         batches: Any = self._shard.iter_batches(
             batch_size=self._batch_size,
             batch_format="numpy",
@@ -91,4 +105,4 @@ class StreamedRows:
             local_shuffle_buffer_size=self._batch_size * SHUFFLE_BATCHES,
             local_shuffle_seed=self._seed + number,
         )
-        yield from batches
+        yield from ((batch, 1.0) for batch in batches)

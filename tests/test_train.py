@@ -1,0 +1,154 @@
+"""Training on a real Ray cluster: every task, what there is to learn, interruptions, labels that are none."""
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from models import colour_table, score_in_process, small_config
+from processes import ALONE, COMMAND, mmray, wait_for
+
+from mmray.bundle import load_bundle
+from mmray.compare import compare_fusions
+from mmray.errors import ConfigError, TableError
+from mmray.evaluate import evaluate_bundle
+from mmray.options import ScoreConfig
+from mmray.score.verify import verify_output
+from mmray.train.checkpoint import latest_checkpoint
+from mmray.train.job import train_model
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_table(tmp_path_factory.mktemp("rows"), rows=240)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "multilabel-gru-concat-two-workers": {
+        "table": {"label_column": "both"},
+        "task": {"kind": "multilabel"},
+        "model": {"text_encoder": {"kind": "gru", "hidden_dim": 8}, "fusion": {"kind": "concat"}},
+        "train": {"num_workers": 2},
+    },
+    "regression-rnn-conv-streamed": {
+        "table": {"label_column": "value"},
+        "task": {"kind": "regression", "loss": "mse", "beta": 2.0},
+        "model": {"text_encoder": {"kind": "rnn", "hidden_dim": 8}, "fusion": {"kind": "conv"}},
+        "train": {"cache_bytes": 0},
+    },
+}
+# Trained until they are interrupted: with chance in every place that has some.
+BINARY: dict[str, Any] = {
+    "table": {"label_column": "is_red"},
+    "task": {"kind": "binary", "positive_label": "yes", "calibrate": True},
+    "model": {
+        "text_encoder": {"kind": "lstm", "hidden_dim": 8, "bidirectional": True},
+        "fusion": {"kind": "weighted_sum", "alpha": "gated"},
+        "modality_dropout": 0.3,
+    },
+    "train": {"epochs": 4},
+}
+
+
+def run_config(rows: Path, storage: Path, name: str, **sections: Any) -> Any:
+    base = small_config().model.model_dump()
+    table = {"train": str(rows), **sections.pop("table", {})}
+    model = {**base, **sections.pop("model", {})}
+    train = {"epochs": 3, "learning_rate": 0.01, "storage": str(storage), "name": name, **sections.pop("train", {})}
+    return small_config(table=table, model=model, train=train, **sections)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_trained_scores(ray_cluster: None, rows: Path, tmp_path: Path, name: str) -> None:
+    config = run_config(rows, tmp_path, name, **{key: dict(value) for key, value in RUNS[name].items()})
+    seen: list[dict[str, Any]] = []
+    result = train_model(config, on_epoch=seen.append)
+    assert [entry["epoch"] for entry in result.history] == [1, 2, 3]
+    assert seen == result.history
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    loaded = load_bundle(result.bundle)
+    assert loaded.golden is not None
+    assert loaded.golden.num_rows == 10
+    ledger = score_in_process(result.bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
+    assert ledger.statuses == {"ok": 240}
+    assert verify_output(str(tmp_path / "out"), 2).passed
+
+
+def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and_compared_once(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    config = run_config(rows, tmp_path, "learn", train={"epochs": 12, "auxiliary_weight": 0.5, "batch_size": 16})
+    seen: list[dict[str, Any]] = []
+    compared = compare_fusions(config, ["weighted_sum"], 1, table=str(rows), on_run=seen.append)
+    (run,) = compared["runs"]
+    assert seen == [run]
+    evaluation = evaluate_bundle(run["bundle"], str(rows))
+    assert evaluation.metrics == run["metrics"]
+    assert set(evaluation.metrics) == {"all modalities", "image only", "text only", "late average"}
+    assert all(metrics["accuracy"] > 0.9 for metrics in evaluation.metrics.values())
+    assert evaluation.rows == run["rows"] == len(evaluation.image_weight) == 240
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert compare_fusions(config, ["weighted_sum"], 1, table=str(rows)) == compared
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    whole = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
+    again = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
+    assert again.trained_epochs == 0
+    temperature = load_bundle(whole.bundle).weights["head.temperature"].item()
+    assert temperature == pytest.approx(whole.best["temperature"])
+    assert again.bundle == whole.bundle
+    part = tmp_path / "b"
+    shutil.copytree(tmp_path / "a", part)
+    # As if the driver had been killed after the third epoch.
+    for lost in [*(part / "run" / "bundle").iterdir(), part / "run" / "checkpoints" / "epoch-000004.safetensors"]:
+        lost.unlink()
+    resumed = train_model(run_config(rows, part, "run", **BINARY))
+    assert resumed.trained_epochs == 1
+    assert resumed.history == whole.history
+    assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
+
+
+def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path, tmp_path: Path) -> None:
+    table = pq.read_table(rows / "part-0.parquet")
+    constant = table.set_column(table.schema.get_field_index("label"), "label", pa.array(["x"] * table.num_rows))
+    pq.write_table(constant.append_column("none", pa.nulls(table.num_rows, pa.string())), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match="holds only"):
+        train_model(run_config(tmp_path / "t.parquet", tmp_path, "x"))
+    with pytest.raises(TableError, match="has no labelled row"):
+        train_model(run_config(tmp_path / "t.parquet", tmp_path, "y", table={"label_column": "none"}))
+    regression = {"table": {"label_column": "text"}, "task": {"kind": "regression"}}
+    with pytest.raises(TableError, match="a regression needs finite numbers"):
+        train_model(run_config(rows, tmp_path, "z", **regression))
+
+
+def test_training_that_is_interrupted_says_so_and_continues(rows: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        f'[table]\ntrain = "{rows}"\n[image]\nsize = 16\n[model.image_encoder]\nchannels = [4]\nkind = "cnn"\n'
+        f'[train]\nepochs = 400\npatience = 400\nstorage = "{tmp_path}"\nname = "run"\n'
+    )
+    with subprocess.Popen([*COMMAND, "train", str(recipe)], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
+        checkpoints = tmp_path / "run" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("*.safetensors")) or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "bundle").exists()
+    checkpoint = latest_checkpoint(str(tmp_path / "run"))
+    assert checkpoint is not None
+    finished = len(checkpoint.history)
+    assert 0 < finished < 400
+    shorter = mmray("train", recipe, "--set", f"train.epochs={finished}")
+    assert shorter.returncode == 2, "another configuration is another run"
