@@ -241,6 +241,8 @@ class BinaryConfig(Section):
     """`balanced` weighs each label by the inverse of its frequency."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over the labels."""
+    calibrate: bool = False
+    """Divide the logits by a temperature fitted on the validation rows (Guo et al. 2017)."""
 
 
 class MulticlassConfig(Section):
@@ -255,6 +257,8 @@ class MulticlassConfig(Section):
     """`balanced` weighs each label by the inverse of its frequency."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the target spread evenly over the labels."""
+    calibrate: bool = False
+    """Divide the logits by a temperature fitted on the validation rows (Guo et al. 2017)."""
 
 
 class MultilabelConfig(Section):
@@ -263,6 +267,8 @@ class MultilabelConfig(Section):
     kind: Literal["multilabel"] = "multilabel"
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced` weighs each label's positives by the inverse of their frequency."""
+    calibrate: bool = False
+    """Divide the logits by a temperature fitted on the validation rows (Guo et al. 2017)."""
 
 
 class RegressionConfig(Section):

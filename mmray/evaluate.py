@@ -1,10 +1,13 @@
-"""Measures a bundle on a labelled table: the fused prediction beside each modality alone.
+"""Measures a bundle on a labelled table: the fused prediction beside each modality alone and the mean of these.
 
-Reads a bundle and a table -> gives metrics for three views of the same model: all modalities, and each with the others
-withheld. Slices are predicted by the actor pool that scoring uses; the driver keeps outputs and targets, not rows.
+Reads a bundle and a table -> gives metrics of several views of the same model, of groups of rows, and at other weights
+of the image, all from one pass. Slices are predicted by the actor pool that scoring uses; the driver keeps outputs and
+targets (4 bytes for each label, view and weight), not rows.
 """
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,8 @@ from mmray.bundle import BundleInfo, load_bundle, read_info
 from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
-from mmray.metrics import confusion_matrix, measure
+from mmray.metrics import measure
+from mmray.mistakes import Mistake, worst_of, worst_rows
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor, column_of
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
@@ -24,28 +28,59 @@ from mmray.source import ImageSource
 from mmray.store import open_store
 from mmray.table import cells, require_types
 
-FUSED = "all modalities"
+FUSED, LATE = "all modalities", "late average"
+ALPHAS = tuple(k / 10 for k in range(11))
+MAX_GROUPS = 20  # of a column; the rows of rarer values are one more
+MAX_NAME = 64  # characters of a value
+OTHERS = "(other values)"
+USED = "modalities used"
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that have something in common, and what the fused prediction is worth on them."""
+
+    name: str
+    rows: int
+    """Labelled rows; those without any modality have no prediction and are in no metric."""
+    metrics: Metrics
+    """Empty where no row has a prediction."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured."""
 
+    info: BundleInfo
+    table: str
+    split: str | None
     rows: int
     """Labelled rows measured."""
     skipped: int
     """Rows without a label that the model knows, or that could not be predicted."""
-    metrics: dict[str, dict[str, float | None]]
-    """View (`all modalities`, `image only`, `text only`) -> metric -> value."""
-    confusion: list[list[int]] | None
-    """Rows by true and predicted label, for binary and multiclass."""
+    metrics: dict[str, Metrics]
+    """View -> metric -> value.
+
+    `all modalities` is the fused prediction, `image only` and `text only` the same model with the others withheld,
+    `late average` the mean of these; each on the rows that have what it needs.
+    """
+    groups: dict[str, list[Group]]
+    """By what (`modalities used`, a column) -> groups of rows."""
+    sweep: dict[float, Metrics]
+    """Weight of the image in every row -> metrics; empty where the fusion has none."""
+    outputs: dict[str, NDArray[np.float32]]
+    """View -> [N, K], as the predictor gives them; NaN where a view cannot say anything."""
+    targets: NDArray[np.generic]
+    """[N] or [N, K], see `mmray.labels.encode_targets`."""
     image_weight: NDArray[np.float32]
-    """Weight of the image on each row where the fusion has one."""
-    info: BundleInfo
+    """Weight of the image in each row measured, where the fusion has one; else empty."""
+    mistakes: list[Mistake]
+    """The worst, the worst first."""
 
 
 def evaluate_bundle(
-    bundle: str, table: str, options: ScoreConfig | None = None, *, split: str | None = None
+    bundle: str, table: str, options: ScoreConfig | None = None, *, split: str | None = None, by: str | None = None
 ) -> Evaluation:
     """Measures a bundle on the labelled rows of a table.
 
@@ -54,101 +89,173 @@ def evaluate_bundle(
         table: parquet file, folder or glob.
         options: columns, roots and placement, as in scoring.
         split: value of the bundle's split column that rows must have; all rows by default.
+        by: column whose values group the rows, each group measured by itself.
 
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
     """
     options = options or ScoreConfig()
     info = read_info(bundle)
-    slices, roots = _plan(info, table, options, split)
+    slices, roots = plan_slices(info, table, options, split, by)
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
     with cluster(cpus_for(options)):
         try:
-            arguments = (open_store(bundle).uri, roots, split)
-            rows = list(map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"))
+            arguments = (open_store(bundle).uri, roots, split, by)
+            found = list(map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"))
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
-    parts = [_unpack(row) for row in sorted(rows, key=lambda row: row["slice"])]
-    return _measure(info, parts, sum(row["skipped"] for row in rows), table)
+    return measure_slices(info, found, table, split)
 
 
 class SlicePredictor:
     """Predicts the labelled rows of slices; an actor of the pool."""
 
-    def __init__(self, bundle: str, roots: Sequence[str], split: str | None, options: ScoreConfig) -> None:
+    def __init__(
+        self, bundle: str, roots: Sequence[str], split: str | None, by: str | None, options: ScoreConfig
+    ) -> None:
         loaded = load_bundle(bundle)
         source = ImageSource(roots, loaded.config.image.max_bytes)
         self._predictor = Predictor.on_this_worker(loaded, source, options)
-        self._split = split
+        self._split, self._by = split, by
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._predict(piece) for piece in slices_from_arrow(rows)])
 
     def _predict(self, piece: Slice) -> dict[str, Any]:
-        config = self._predictor.bundle.config
-        table = read_slice(piece)
-        if self._split is not None:
-            values = table[config.table.split_column].to_pylist()
-            table = table.filter(pa.array([value == self._split for value in values], pa.bool_()))
-        labels, task = self._predictor.bundle.labels, config.task.kind
-        known_labels = [is_label(cell, task, labels) for cell in table[config.table.label_column].to_pylist()]
-        labelled = table.filter(pa.array(known_labels, pa.bool_()))
-        columns = {name: cells(labelled[self._predictor.column(name)]) for name in self._predictor.modalities}
-        prediction = self._predictor.predict(columns, alone=len(columns) > 1)
-        known = np.asarray(np.isfinite(prediction.outputs).all(axis=1))
-        values = [v for v, keep in zip(labelled[config.table.label_column].to_pylist(), known, strict=True) if keep]
-        targets = encode_targets(values, task, labels, config.table.label_column)
-        views = {FUSED: prediction.outputs, **{f"{n} only": view for n, view in prediction.alone.items()}}
-        weight = prediction.image_weight
+        bundle, predictor = self._predictor.bundle, self._predictor
+        task, trained = bundle.config.task.kind, bundle.config.table
+        table, places, skipped = self._labelled(piece)
+        columns = {name: cells(table[predictor.column(name)]) for name in predictor.modalities}
+        prediction = predictor.predict(columns, alone=len(columns) > 1, alphas=ALPHAS)
+        targets = encode_targets(table[trained.label_column].to_pylist(), task, bundle.labels, trained.label_column)
+        (used,) = prediction.columns(["modalities_used"], task, bundle.labels)
+        arrays = {
+            "targets": targets,
+            f"view/{FUSED}": prediction.outputs,
+            **{f"view/{name} only": view for name, view in prediction.alone.items()},
+            **{f"alpha/{alpha}": view for alpha, view in prediction.at_alpha.items()},
+            f"group/{USED}": np.asarray([name or "none" for name in used], np.str_),
+        }
+        if self._by is not None:
+            arrays[f"group/{self._by}"] = np.asarray([_group_name(cell) for cell in cells(table[self._by])], np.str_)
+        if prediction.image_weight is not None:
+            arrays["image_weight"] = prediction.image_weight
+        names = [f"{piece.uri.rpartition('/')[2]}:{piece.first_row + place}" for place in places]
+        mistakes = worst_rows(predictor, names, columns, prediction.outputs, targets)
         return {
             "slice": piece.index,
-            "skipped": table.num_rows - len(values),
-            "views": [{"name": name, "outputs": outputs[known].tolist()} for name, outputs in views.items()],
-            "targets": targets.tolist(),
-            "image_weight": [] if weight is None else weight[known].tolist(),
+            "skipped": skipped,
+            "arrays": _packed(arrays),
+            "mistakes": json.dumps(mistakes),
         }
 
+    def _labelled(self, piece: Slice) -> tuple[pa.Table, NDArray[np.int64], int]:
+        """Returns the rows of a slice to measure, where they lie in it, and how many have no label to measure by."""
+        bundle, trained = self._predictor.bundle, self._predictor.bundle.config.table
+        wanted = [self._predictor.column(name) for name in self._predictor.modalities]
+        more = [trained.label_column, self._by, trained.split_column if self._split is not None else None]
+        table = read_slice(piece, [*dict.fromkeys([*wanted, *(name for name in more if name is not None)])])
+        asked = np.ones(table.num_rows, bool)
+        if self._split is not None:
+            asked = np.asarray([value == self._split for value in table[trained.split_column].to_pylist()], bool)
+        values = table[trained.label_column].to_pylist()
+        known = np.asarray([is_label(value, bundle.config.task.kind, bundle.labels) for value in values], bool)
+        places = np.flatnonzero(asked & known)
+        return table.take(places), places, int((asked & ~known).sum())
 
-def _plan(info: BundleInfo, table: str, options: ScoreConfig, split: str | None) -> tuple[list[Slice], tuple[str, ...]]:
+
+def _group_name(cell: Any) -> str:
+    return "(null)" if cell is None else str(cell)[:MAX_NAME]
+
+
+def _packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> dict[str, NDArray[Any]]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def plan_slices(
+    info: BundleInfo, table: str, options: ScoreConfig, split: str | None, by: str | None
+) -> tuple[list[Slice], tuple[str, ...]]:
+    """Returns the slices of a table to measure, and where its images may lie.
+
+    Raises:
+        MmrayError: the table lacks a column that is needed.
+    """
     trained = info.config.table
     columns = {name: column_of(name, options, trained) for name in trained.modalities}
     if split is not None and trained.split_column is None:
         raise ConfigError("--split needs a bundle trained with table.split_column; leave it out to measure every row")
-    needed = [
-        *columns.values(),
-        trained.label_column,
-        *([trained.split_column] if split and trained.split_column else []),
-    ]
+    more = [trained.label_column, by, trained.split_column if split is not None else None]
+    needed = [*columns.values(), *(name for name in more if name is not None)]
     opened = open_table(table, needed, lambda schema, where: require_types(schema, columns, where))
     return cut(opened, options.slice_rows), opened.image_roots(options.image_roots)
 
 
-def _unpack(row: dict[str, Any]) -> dict[str, Any]:
-    views = {view["name"]: view["outputs"] for view in row["views"]}
-    return {"views": views, "targets": row["targets"], "image_weight": row["image_weight"]}
+def measure_slices(info: BundleInfo, found: Sequence[Mapping[str, Any]], table: str, split: str | None) -> Evaluation:
+    """Measures what `SlicePredictor` found in all slices of a table, in any order.
 
-
-def _measure(info: BundleInfo, parts: Sequence[dict[str, Any]], skipped: int, table: str) -> Evaluation:
-    task = info.config.task.kind
-    targets = np.asarray([target for part in parts for target in part["targets"]])
-    if not len(targets):
+    Raises:
+        TableError: there is nothing to measure.
+    """
+    found = sorted(found, key=lambda row: int(row["slice"]))
+    parts = [_unpacked(row["arrays"]) for row in found]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    task, targets = info.config.task.kind, arrays["targets"]
+    views = _named(arrays, "view/")
+    if len(views) > 1:
+        views[LATE] = _late_average([view for name, view in views.items() if name != FUSED])
+    known = np.isfinite(views[FUSED]).all(axis=1)
+    rows = int(known.sum())
+    if not rows:
         raise TableError(f"no row of {table!r} has a label and a prediction; there is nothing to measure")
-    outputs = {
-        name: np.asarray([row for part in parts for row in part["views"][name]], np.float32)
-        for name in parts[0]["views"]
-    }
-    # A view cannot say anything of a row whose modality is absent; it is measured on the rows it can.
-    known = {name: np.isfinite(view).all(axis=1) for name, view in outputs.items()}
-    metrics = {
-        name: measure(task, view[known[name]], targets[known[name]])
-        for name, view in outputs.items()
-        if known[name].any()
-    }
+    measured = {name: _measured(task, view, targets) for name, view in views.items()}
     return Evaluation(
-        rows=len(targets),
-        skipped=skipped,
-        metrics=metrics,
-        confusion=confusion_matrix(outputs[FUSED], targets) if task in ("binary", "multiclass") else None,
-        image_weight=np.asarray([weight for part in parts for weight in part["image_weight"]], np.float32),
         info=info,
+        table=table,
+        split=split,
+        rows=rows,
+        skipped=sum(row["skipped"] for row in found) + len(targets) - rows,
+        metrics={name: metrics for name, metrics in measured.items() if metrics},
+        groups={by: _groups(task, names, views[FUSED], targets) for by, names in _named(arrays, "group/").items()},
+        sweep={float(a): _measured(task, view, targets) for a, view in _named(arrays, "alpha/").items()},
+        outputs=views,
+        targets=targets,
+        image_weight=arrays["image_weight"][known] if "image_weight" in arrays else np.zeros(0, np.float32),
+        mistakes=worst_of(json.loads(row["mistakes"]) for row in found),
     )
+
+
+def _named(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _measured(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> Metrics:
+    """Returns the metrics of the rows that have outputs: no view says anything of a row whose modality is absent."""
+    known = np.isfinite(outputs).all(axis=1)
+    return measure(task, outputs[known], targets[known]) if known.any() else {}
+
+
+def _late_average(views: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Returns the mean of the outputs [N, K] of what each row has; NaN where it has nothing."""
+    stacked = np.stack(views)
+    known = np.isfinite(stacked)
+    total, count = np.where(known, stacked, 0).sum(axis=0), known.sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+
+
+def _groups(
+    task: str, names: NDArray[np.str_], outputs: NDArray[np.float32], targets: NDArray[np.generic]
+) -> list[Group]:
+    """Returns the groups of equal names, the largest first; beyond `MAX_GROUPS` one group of all others."""
+    values, counts = np.unique(names, return_counts=True)
+    kept = values[np.argsort(-counts, kind="stable")][:MAX_GROUPS]
+    masks = {str(value): names == value for value in kept}
+    if len(values) > len(kept):
+        masks[OTHERS] = ~np.isin(names, kept)
+    return [Group(name, int(m.sum()), _measured(task, outputs[m], targets[m])) for name, m in masks.items()]

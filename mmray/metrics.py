@@ -25,14 +25,19 @@ class LabelQuality(TypedDict):
     precision: float | None
     recall: float | None
     f1: float | None
+    average_precision: float | None
 
 
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 PRIMARY = {"binary": "auroc", "multiclass": "accuracy", "multilabel": "average_precision", "regression": "r2"}
 """The metric that stands for each task where there is room for one; larger is better for all of them."""
 
 
 def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float | None]:
-    """Measures N rows; None is a metric that these rows do not define.
+    """Measures N rows, at least one; None is a metric that these rows do not define.
+
+    `calibration_error` is the mean distance between what is promised and what comes true (ECE, Guo et al. 2017): of the
+    predicted label's probability, for binary of the positive label's, for multilabel of every label's.
 
     Args:
         task: `binary`, `multiclass`, `multilabel` or `regression`.
@@ -41,7 +46,7 @@ def measure(task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic
     """
     got, want = torch.from_numpy(np.ascontiguousarray(outputs)), torch.from_numpy(np.ascontiguousarray(targets))
     values = _MEASURES[task](got, want)
-    return {name: float(value) if torch.isfinite(value) else None for name, value in values.items()}
+    return {name: _finite(value) for name, value in values.items()}
 
 
 @cache
@@ -55,42 +60,56 @@ def _functional() -> Any:
 
 def _binary(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     functional = _functional().classification
-    positive, targets = probabilities[:, 1], targets.long()
+    positive, targets = probabilities[:, 1].contiguous(), targets.long()
     return {
         "accuracy": functional.binary_accuracy(positive, targets),
         "f1": functional.binary_f1_score(positive, targets),
-        "auroc": functional.binary_auroc(positive, targets) if bool((targets != targets[0]).any()) else NAN,
-        "average_precision": functional.binary_average_precision(positive, targets) if targets.any() else NAN,
+        "macro_f1": functional.multiclass_f1_score((positive > 0.5).long(), targets, 2, average="macro"),
+        **_ranking([(positive, targets)]),
         "log_loss": _log_loss(probabilities, targets),
+        "calibration_error": functional.binary_calibration_error(positive, targets, CALIBRATION_BINS),
     }
 
 
 def _multiclass(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     functional = _functional().classification
     targets, num_labels = targets.long(), probabilities.shape[1]
-    # One against the rest, over the labels that have rows: one without has no curve.
-    present = [int(k) for k in range(num_labels) if bool((targets == k).any())]
-    curves = [functional.binary_auroc(probabilities[:, k], targets == k) for k in present]
     return {
         "accuracy": functional.multiclass_accuracy(probabilities, targets, num_labels, average="micro"),
         "macro_f1": functional.multiclass_f1_score(probabilities, targets, num_labels, average="macro"),
-        "auroc": _mean(curves) if len(present) > 1 else NAN,
+        **_ranking([(probabilities[:, k], (targets == k).long()) for k in range(num_labels)]),
         "log_loss": _log_loss(probabilities, targets),
+        "calibration_error": functional.multiclass_calibration_error(
+            probabilities, targets, num_labels, CALIBRATION_BINS
+        ),
     }
 
 
 def _multilabel(probabilities: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
     functional = _functional().classification
     targets, num_labels = targets.long(), probabilities.shape[1]
-    # The mean over the labels that some rows carry and some do not: the others have no curve.
-    mixed = (targets.any(0) & ~targets.all(0)).nonzero().flatten().tolist()
-    columns = [(probabilities[:, k], targets[:, k]) for k in mixed]
     f1 = [functional.binary_f1_score(probabilities[:, k], targets[:, k]) for k in range(num_labels)]
+    cells, wanted = probabilities.flatten(), targets.flatten()
     return {
-        "average_precision": _mean([functional.binary_average_precision(*column) for column in columns]),
-        "auroc": _mean([functional.binary_auroc(*column) for column in columns]),
-        "macro_f1": _mean(f1),
         "accuracy": ((probabilities >= 0.5).long() == targets).all(1).float().mean(),
+        "macro_f1": _mean(f1),
+        "micro_f1": functional.binary_f1_score(cells, wanted),
+        **_ranking([(probabilities[:, k], targets[:, k]) for k in range(num_labels)]),
+        "log_loss": _log_loss(torch.stack([1 - cells, cells], dim=1), wanted),
+        "calibration_error": functional.binary_calibration_error(cells, wanted, CALIBRATION_BINS),
+    }
+
+
+def _ranking(labels: Sequence[tuple[Tensor, Tensor]]) -> Mapping[str, Tensor]:
+    """Returns what judges the order alone, averaged over the labels, each against the rest: probabilities and 0 or 1.
+
+    A label that no row has, or every row, has no curve and is left out.
+    """
+    functional = _functional().classification
+    mixed = [(got, want) for got, want in labels if bool((want != want[0]).any())]
+    return {
+        "auroc": _mean([functional.binary_auroc(*label) for label in mixed]),
+        "average_precision": _mean([functional.binary_average_precision(*label) for label in mixed]),
     }
 
 
@@ -126,12 +145,18 @@ def confusion_matrix(probabilities: NDArray[np.float32], targets: NDArray[np.gen
     return matrix
 
 
-def per_label(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> list[LabelQuality]:
-    """Returns support, precision, recall and F1 of each label of a confusion matrix; None without a denominator."""
-    counts = np.asarray(matrix)
+def per_label(
+    task: str, outputs: NDArray[np.float32], targets: NDArray[np.generic], labels: Sequence[str]
+) -> list[LabelQuality]:
+    """Returns what each label is worth, from probabilities [N, K] and targets as `measure` takes them."""
+    chosen = outputs >= 0.5 if task == "multilabel" else np.eye(len(labels), dtype=bool)[outputs.argmax(1)]
+    carried = targets != 0 if task == "multilabel" else np.eye(len(labels), dtype=bool)[targets.astype(np.int64)]
     rows: list[LabelQuality] = []
     for k, label in enumerate(labels):
-        hits, support, predicted = int(counts[k, k]), int(counts[k].sum()), int(counts[:, k].sum())
+        hits, support, predicted = (
+            int(mask.sum()) for mask in (chosen[:, k] & carried[:, k], carried[:, k], chosen[:, k])
+        )
+        order = _ranking([(torch.from_numpy(outputs[:, k]), torch.from_numpy(carried[:, k]).long())])
         rows.append(
             {
                 "label": label,
@@ -139,6 +164,11 @@ def per_label(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> list[La
                 "precision": hits / predicted if predicted else None,
                 "recall": hits / support if support else None,
                 "f1": 2 * hits / (support + predicted) if support + predicted else None,
+                "average_precision": _finite(order["average_precision"]),
             }
         )
     return rows
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None

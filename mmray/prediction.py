@@ -1,7 +1,7 @@
 """What a model says of rows, and the columns of a scored table that say it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class Prediction:
     """[B]: alpha of each row, where the fusion has one."""
     alone: Mapping[str, NDArray[np.float32]]
     """Modality -> [B, K]: the outputs with all other modalities withheld; empty unless asked for."""
+    at_alpha: Mapping[float, NDArray[np.float32]] = field(default_factory=dict)
+    """Alpha -> [B, K]: the outputs at this weight of the image; empty unless asked for, or where there is none."""
 
     @classmethod
     def concatenate(cls, parts: Sequence["Prediction"]) -> "Prediction":
@@ -36,6 +38,7 @@ class Prediction:
             {name: [fault for part in parts for fault in part.faults[name]] for name in first.faults},
             np.concatenate(weights) if weights else None,
             {name: np.concatenate([part.alone[name] for part in parts]) for name in first.alone},
+            {alpha: np.concatenate([part.at_alpha[alpha] for part in parts]) for alpha in first.at_alpha},
         )
 
     def head(self, rows: int) -> "Prediction":
@@ -46,6 +49,7 @@ class Prediction:
             {name: faults[:rows] for name, faults in self.faults.items()},
             None if self.image_weight is None else self.image_weight[:rows],
             {name: view[:rows] for name, view in self.alone.items()},
+            {alpha: view[:rows] for alpha, view in self.at_alpha.items()},
         )
 
     def columns(self, names: Iterable[str], task: str, labels: Sequence[str]) -> Iterator[Sequence[Any]]:

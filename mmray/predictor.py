@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -121,17 +122,20 @@ class Predictor:
             self.bundle.config.task.kind, probabilities=self.options.probabilities, modalities=self.modalities
         )
 
-    def predict(self, columns: Mapping[str, Sequence[Any]], *, alone: bool = False) -> Prediction:
+    def predict(
+        self, columns: Mapping[str, Sequence[Any]], *, alone: bool = False, alphas: Sequence[float] = ()
+    ) -> Prediction:
         """Predicts B rows.
 
         Args:
             columns: modality -> B cells.
             alone: also predict each row from each modality on its own.
+            alphas: also predict each row at these weights of the image, where the fusion has one.
         """
-        parts = [timed(self._on_stage, "forward", self._in_turn, part, alone) for part in self._batches(columns)]
+        forward = partial(self._in_turn, alone=alone, alphas=alphas)
+        parts = [timed(self._on_stage, "forward", forward, part) for part in self._batches(columns)]
         if not parts:
-            parts = [self.predict_features(self._preprocess({name: [None] for name in self.modalities}), alone=alone)]
-            return parts[0].head(0)
+            return forward(self._preprocess({name: [None] for name in self.modalities})).head(0)
         return Prediction.concatenate(parts)
 
     def prepare(self, columns: Mapping[str, Sequence[Any]]) -> Features:
@@ -154,12 +158,12 @@ class Predictor:
     def _prepare_beside(self, columns: Mapping[str, Sequence[Any]]) -> Future[Features]:
         return self._thread.submit(timed, self._on_stage, "prepare", self._preprocess, columns)
 
-    def _in_turn(self, features: Features, alone: bool) -> Prediction:
+    def _in_turn(self, features: Features, alone: bool, alphas: Sequence[float]) -> Prediction:
         with self._turn:
-            return self.predict_features(features, alone=alone)
+            return self.predict_features(features, alone=alone, alphas=alphas)
 
     @torch.inference_mode()
-    def predict_features(self, features: Features, *, alone: bool = False) -> Prediction:
+    def predict_features(self, features: Features, *, alone: bool = False, alphas: Sequence[float] = ()) -> Prediction:
         """Predicts B rows that were preprocessed, as one batch."""
         arrays = {name: torch.from_numpy(array).to(self.device) for name, array in features.arrays.items()}
         present = {name: torch.from_numpy(mask).to(self.device) for name, mask in features.present.items()}
@@ -168,6 +172,7 @@ class Predictor:
             logits = self._model.fuse(embeddings, present)
             weight = self._model.image_weight(embeddings, present)
             views = {name: self._model.fuse(embeddings, _only(name, present)) for name in present if alone}
+            swept = {a: self._model.fuse_at(a, embeddings, present) for a in alphas if weight is not None}
         some: NDArray[np.bool_] = np.logical_or.reduce([*features.present.values()])
         return Prediction(
             outputs=self._outputs(logits, some),
@@ -175,6 +180,7 @@ class Predictor:
             faults=features.faults,
             image_weight=None if weight is None else weight.float().cpu().numpy(),
             alone={name: self._outputs(view, features.present[name]) for name, view in views.items()},
+            at_alpha={alpha: self._outputs(view, some) for alpha, view in swept.items()},
         )
 
     def _outputs(self, logits: torch.Tensor, known: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.bundle import Bundle, save_bundle
+from mmray.bundle import Bundle, read_info, save_bundle
 from mmray.config import Config
 from mmray.config_file import parse_config
+from mmray.evaluate import Evaluation, SlicePredictor, measure_slices, plan_slices
 from mmray.model import FusionModel
 from mmray.options import ScoreConfig
 from mmray.preprocess.text import Vocabulary
@@ -20,7 +21,7 @@ from mmray.score.commit import Output
 from mmray.score.ledger import Ledger
 from mmray.score.plan import describe, make_plan
 from mmray.score.worker import SliceScorer
-from mmray.slices import open_table
+from mmray.slices import open_table, slices_to_arrow
 from mmray.train.golden import golden_rows
 
 WORDS = ("red", "green", "blue", "square", "round", "a", "the")
@@ -114,3 +115,12 @@ def score_in_process(
     if len(todo) > stop_after:
         return Ledger()
     return target.finalize(plan, [target.receipt(plan.hash, piece) for piece in plan.slices], options.max_error_rate)
+
+
+def evaluate_in_process(bundle: str, table: str, split: str | None = None, by: str | None = None) -> Evaluation:
+    """Evaluates as `evaluate_bundle` does, with one predictor in this process in place of a cluster."""
+    info, options = read_info(bundle), ScoreConfig()
+    slices, roots = plan_slices(info, table, options, split, by)
+    predictor = SlicePredictor(bundle, roots, split, by, options)
+    found = [row for piece in slices for row in predictor(slices_to_arrow([piece])).to_pylist()]
+    return measure_slices(info, found, table, split)

@@ -130,3 +130,22 @@ def test_a_modality_left_alone_is_taken_bit_for_bit_however_certain_of_the_other
         fusion._gate.bias.copy_(torch.tensor([certainty, 0.0]))
     withheld = {**present, "image": torch.zeros(3, dtype=torch.bool)}
     assert torch.equal(fusion(embeddings, withheld), embeddings["text"])
+
+
+@pytest.mark.parametrize("alpha", ["fixed", "learned", "gated"])
+def test_a_weight_that_is_given_takes_the_place_of_the_models_own(alpha: str) -> None:
+    fusion, (embeddings, present) = fusion_of({"kind": "weighted_sum", "alpha": alpha}), inputs()
+    assert isinstance(fusion, WeightedSum)
+    image, text = embeddings["image"], embeddings["text"]
+    torch.testing.assert_close(fusion(embeddings, present, 0.3), 0.3 * image + 0.7 * text)
+    assert torch.equal(fusion(embeddings, present, 0.0), text)
+    assert torch.equal(fusion(embeddings, present, 1.0), image)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_at_any_weight_of_the_image_a_row_without_it_is_its_text(weight: float) -> None:
+    fusion, (embeddings, present) = fusion_of({"kind": "weighted_sum"}), inputs()
+    assert isinstance(fusion, WeightedSum)
+    for name, other in (("image", "text"), ("text", "image")):
+        withheld = {**present, name: torch.zeros(3, dtype=torch.bool)}
+        assert torch.equal(fusion(embeddings, withheld, weight), embeddings[other])

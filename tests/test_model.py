@@ -21,6 +21,7 @@ from mmray.model.heads import build_head
 from mmray.model.vision import torchvision
 from mmray.train.loop import best_epoch
 from mmray.train.rows import shares
+from mmray.train.steps import TrainingLoss
 
 FUSIONS: list[dict[str, Any]] = [
     {"kind": "weighted_sum", "alpha": "fixed", "initial_alpha": 0.3},
@@ -75,6 +76,12 @@ def rows(num: int = 6, size: int = 32) -> tuple[dict[str, Tensor], dict[str, Ten
     return arrays, present
 
 
+def untrained(model: FusionModel) -> list[str]:
+    """Parameters without a gradient; the absent embeddings have one only where the fusion uses them."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if "_absent" not in name}
+    return [name for name, gradient in gradients.items() if gradient is None or not gradient.abs().sum() > 0]
+
+
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda f: "-".join(map(str, f.values())))
 def test_every_fusion_trains_all_of_its_parameters(fusion: dict[str, Any]) -> None:
     model = model_of(fusion=fusion)
@@ -86,12 +93,23 @@ def test_every_fusion_trains_all_of_its_parameters(fusion: dict[str, Any]) -> No
     assert without in (expected, [] if fusion.get("alpha") == "gated" else expected)
 
 
+@pytest.mark.parametrize("fusion", FUSIONS, ids=lambda f: "-".join(map(str, f.values())))
+def test_every_encoder_learns_from_the_rows_that_have_its_modality_and_from_no_other(fusion: dict[str, Any]) -> None:
+    model = model_of(fusion=fusion)
+    arrays, present = rows()
+    embeddings = {name: embedding.detach().requires_grad_() for name, embedding in model.encode(arrays).items()}
+    model.head.loss(model.fuse(embeddings, present), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+    for name, embedding in embeddings.items():
+        assert embedding.grad is not None
+        assert torch.equal(embedding.grad.abs().sum(dim=1) > 0, present[name])
+
+
 @pytest.mark.parametrize("encoder", IMAGE_ENCODERS, ids=lambda e: e.get("name", e["kind"]))
 def test_every_image_encoder_trains_all_of_its_parameters(encoder: dict[str, Any]) -> None:
     model = model_of(image_encoder=encoder)
     arrays, present = rows(size=64)
     model.head.loss(model(arrays, present), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None and "_absent" not in n] == []
+    assert untrained(model) == []
 
 
 @pytest.mark.parametrize("encoder", TEXT_ENCODERS, ids=lambda e: "-".join(map(str, e.values())))
@@ -99,7 +117,7 @@ def test_every_text_encoder_trains_all_of_its_parameters(encoder: dict[str, Any]
     model = model_of(text_encoder=encoder)
     arrays, present = rows()
     model.head.loss(model(arrays, present), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None and "_absent" not in n] == []
+    assert untrained(model) == []
 
 
 @pytest.mark.parametrize(
@@ -260,6 +278,40 @@ def test_regression_losses_are_their_formulas() -> None:
     assert got == pytest.approx((3.0 - 0.5) / 2)
     values = head_of({"kind": "regression"}, **moments).outputs(logits)
     assert values.squeeze(1).tolist() == [12.0, -2.0]
+    huber = {"kind": "regression", "loss": "huber", "huber_delta": 0.5, "beta": 2.0}
+    got = head_of(huber, **moments).loss(torch.tensor([[0.9], [-3.0]]), targets).item()
+    assert got == pytest.approx(2.0 * (0.4**2 / 2 + 0.5 * (3.0 - 0.25)) / 2)  # quadratic within delta, linear beyond
+
+
+def test_the_options_of_a_loss_multiply() -> None:
+    logits, targets, counts = torch.tensor([[0.5], [-1.0]]), torch.tensor([1.0, 0.0]), torch.tensor([30, 10])
+    every = {"loss": "focal", "focal_gamma": 1.5, "class_weights": "balanced", "label_smoothing": 0.2}
+    p = sigmoid(0.5), sigmoid(-1.0)
+    terms = [
+        2 * (1 - p[0]) ** 1.5 * -(0.9 * math.log(p[0]) + 0.1 * math.log(1 - p[0])),
+        2 / 3 * p[1] ** 1.5 * -(0.9 * math.log(1 - p[1]) + 0.1 * math.log(p[1])),
+    ]
+    got = head_of({"kind": "binary", **every}, class_counts=counts).loss(logits, targets).item()
+    assert got == pytest.approx(sum(terms) / 2, rel=1e-5)
+    # Two classes of logits [0, z] are the binary task; smoothing gives either label the same half.
+    pairs = torch.cat([torch.zeros(2, 1), logits], dim=1)
+    got = head_of({"kind": "multiclass", **every}, 2, class_counts=counts).loss(pairs, targets.long()).item()
+    assert got == pytest.approx(sum(terms) / 2, rel=1e-5)
+
+
+def test_the_training_loss_adds_each_modality_alone_over_the_rows_that_have_it() -> None:
+    model = model_of(dropout=0.0).eval()
+    arrays, present = rows()
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    nobody = torch.zeros(6, dtype=torch.bool)
+    embeddings = model.encode(arrays)
+    expected = model.head.loss(model.fuse(embeddings, present), targets)
+    for name, other in (("image", "text"), ("text", "image")):
+        alone = model.fuse(embeddings, {name: present[name], other: nobody})
+        expected = expected + 0.3 * model.head.loss(alone[present[name]], targets[present[name]])
+    torch.testing.assert_close(TrainingLoss(model, 0.3)(arrays, present, targets), expected)
+    plain = TrainingLoss(model, 0.0)(arrays, present, targets)
+    torch.testing.assert_close(plain, model.head.loss(model(arrays, present), targets))
 
 
 def test_outputs_are_probabilities() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mmray.errors import EnvironmentFaultError
-from mmray.report import Evaluation, Ledger, Report, Scoring, histogram, write_report
+from mmray.report import write_report
+from mmray.report.sections import Evaluation, Ledger, Report, Scoring, histogram
 
 
 def evaluation() -> Evaluation:
@@ -93,7 +94,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         self.tags.append(tag)
-        if tag not in ("meta", "link"):
+        if tag not in ("img", "meta", "link"):
             self.open.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
         self.unnamed_images += attributes.get("role") == "img" and not attributes.get("aria-label")
@@ -118,7 +119,7 @@ def test_the_page_shows_each_section(tmp_path: Path) -> None:
     text = written(tmp_path, report()).text
     for words in (
         "openclipart & friends", "2025-11-24 15:32 UTC", "rows 3,000", "accuracy 0.712",
-        "Evaluation", "Multiclass on 959 labelled rows", "What each view is worth", "macro f1", "Confusion",
+        "Evaluation", "Multiclass on 959 labelled rows", "What each view is worth", "macro F1", "Confusion",
         "plants 17 0.219 \N{EN DASH} 0.471", "image 0.374", "Loss", "Validation accuracy", "Epochs",
         "Scoring", "3,000 rows in 12 slices, 7.3 s, 413 rows per second", "No file at the image path.",
         "Scores", "image+text 2,913 97.1 %", "none 25", "Level 2 passed",
@@ -263,3 +264,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(EnvironmentFaultError, match=r"cannot write the report to '.*taken'.*name a folder"):
         write_report(tmp_path / "taken", report())
+
+
+def test_curves_groups_and_mistakes_are_drawn_and_still_nothing_is_fetched(tmp_path: Path) -> None:
+    section = evaluation()
+    section["groups"] = {"shop": [{"name": "<b>north", "rows": 7, "metrics": {"accuracy": 0.25}},
+                                  {"name": "south", "rows": 1, "metrics": {}}]}  # fmt: skip
+    section["alpha"]["sweep"] = [{"alpha": 0.0, "accuracy": 0.6}, {"alpha": 1.0, "accuracy": None}]
+    section["alpha"]["sweep_metric"] = "accuracy"
+    section["roc"] = section["precision_recall"] = [{"name": "text only", "points": [(0, 0), (0.5, 1), (1, 1)]}]
+    section["reliability"] = [{"confidence": 0.9, "accuracy": 0.6, "rows": 12}]
+    section["scatter"] = [(1.0, 2.0), (3.0, 3.0)]
+    section["facts"] = {"rows skipped": 1234}
+    section["mistakes"] = [
+        {"row": "part-0.parquet:5", "wrongness": 4.0, "label": "animals", "predicted": "<i>tools", "probability": 0.966,
+         "text": "<img src=x>", "thumbnail": "data:image/jpeg;base64,AAAA"},
+        {"row": "part-0.parquet:6", "wrongness": 3.0, "label": "a", "predicted": "b", "probability": None,
+         "text": None, "thumbnail": None},
+    ]  # fmt: skip
+    page = written(tmp_path, {"evaluation": section})
+    for words in (
+        "By shop", "<b>north 7 0.250", "south 1 \N{EN DASH}", "Accuracy at other weights", "the model's own: 0.374",
+        "ROC", "Precision and recall", "predicted 0.900, came true 0.600, 12 predictions", "Prediction by target",
+        "rows skipped 1,234", "<img src=x>", "animals predicted as <i>tools 0.966", "no image", "no text",
+    ):  # fmt: skip
+        assert words in page.text
+    assert page.tags.count("img") == 1
+    assert page.addresses == ["data:,", "data:image/jpeg;base64,AAAA"]
+    assert page.unnamed_images == 0
+    assert page.tags.count("caption") == page.tags.count("table")

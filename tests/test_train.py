@@ -13,6 +13,7 @@ from models import colour_table, score_in_process, small_config
 from processes import ALONE, COMMAND, mmray, wait_for
 
 from mmray.bundle import load_bundle
+from mmray.compare import compare_fusions
 from mmray.errors import ConfigError, TableError
 from mmray.evaluate import evaluate_bundle
 from mmray.options import ScoreConfig
@@ -45,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
 # Trained until they are interrupted: with chance in every place that has some.
 BINARY: dict[str, Any] = {
     "table": {"label_column": "is_red"},
-    "task": {"kind": "binary", "positive_label": "yes"},
+    "task": {"kind": "binary", "positive_label": "yes", "calibrate": True},
     "model": {
         "text_encoder": {"kind": "lstm", "hidden_dim": 8, "bidirectional": True},
         "fusion": {"kind": "weighted_sum", "alpha": "gated"},
@@ -79,17 +80,22 @@ def test_what_is_trained_scores(ray_cluster: None, rows: Path, tmp_path: Path, n
     assert verify_output(str(tmp_path / "out"), 2).passed
 
 
-def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured(
+def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and_compared_once(
     ray_cluster: None, rows: Path, tmp_path: Path
 ) -> None:
     config = run_config(rows, tmp_path, "learn", train={"epochs": 12, "auxiliary_weight": 0.5, "batch_size": 16})
-    evaluation = evaluate_bundle(train_model(config).bundle, str(rows))
-    assert set(evaluation.metrics) == {"all modalities", "image only", "text only"}
+    seen: list[dict[str, Any]] = []
+    compared = compare_fusions(config, ["weighted_sum"], 1, table=str(rows), on_run=seen.append)
+    (run,) = compared["runs"]
+    assert seen == [run]
+    evaluation = evaluate_bundle(run["bundle"], str(rows))
+    assert evaluation.metrics == run["metrics"]
+    assert set(evaluation.metrics) == {"all modalities", "image only", "text only", "late average"}
     assert all(metrics["accuracy"] > 0.9 for metrics in evaluation.metrics.values())
-    assert evaluation.rows == 240
-    assert evaluation.confusion is not None
-    assert sum(map(sum, evaluation.confusion)) == 240
-    assert len(evaluation.image_weight) == 240
+    assert evaluation.rows == run["rows"] == len(evaluation.image_weight) == 240
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert compare_fusions(config, ["weighted_sum"], 1, table=str(rows)) == compared
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
@@ -98,6 +104,8 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     whole = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
     again = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
     assert again.trained_epochs == 0
+    temperature = load_bundle(whole.bundle).weights["head.temperature"].item()
+    assert temperature == pytest.approx(whole.best["temperature"])
     assert again.bundle == whole.bundle
     part = tmp_path / "b"
     shutil.copytree(tmp_path / "a", part)

@@ -1,4 +1,4 @@
-"""`mmray demo`, `train` and `evaluate`: from rows to a bundle, and what it is worth."""
+"""`mmray demo`, `train`, `evaluate` and `compare`: from rows to a bundle, and what it is worth."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ def register(commands: Any) -> None:
     _add_demo(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
 
 
 def _add_demo(commands: Any) -> None:
@@ -39,15 +40,15 @@ def _add_train(commands: Any) -> None:
         "[model.fusion] kind; [train] epochs, num_workers. jobs/configs/ has ready files with comments; every key is "
         "described in mmray/config.py. A run that was interrupted continues with the same command.",
     )
-    train.add_argument(
-        "config",
-        metavar="CONFIG.toml",
-        help="settings; relative paths are relative to this folder",
-    )
-    train.add_argument(
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+
+def _add_config(parser: Any) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", help="settings; relative paths are relative to this folder")
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set train.epochs=3"
     )
-    train.set_defaults(run=_train)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -69,12 +70,16 @@ def epoch_line(entry: dict[str, Any]) -> str:
 
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
-        "evaluate", help="measure a bundle on a labelled table, fused and each modality alone"
+        "evaluate",
+        help="measure a bundle on a labelled table, fused and each modality alone",
+        description="Measure a bundle on a labelled table in one pass: fused, each modality alone and the mean of "
+        "these, by the modalities that rows have, and at other weights of the image where the fusion has one.",
     )
     evaluate.add_argument("bundle", metavar="BUNDLE")
     evaluate.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
     evaluate.add_argument("--output", required=True, metavar="DIR", help="folder for metrics.json and report.html")
     evaluate.add_argument("--split", help="measure only rows with this value of the bundle's split column")
+    evaluate.add_argument("--slice-by", metavar="C", help="column whose values group the rows, each group measured")
     add_placement(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -83,17 +88,54 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mmray.evaluate import evaluate_bundle
     from mmray.report import write_report
     from mmray.store import split_uri
-    from mmray.summary import evaluation_report, metrics_table
+    from mmray.summary import evaluation_json, evaluation_report, evaluation_text
 
     scheme, folder = split_uri(args.output)
     if scheme != "file":
         raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
-    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split)
+    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split, by=args.slice_by)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump(
-            {"rows": evaluation.rows, "skipped": evaluation.skipped, "metrics": evaluation.metrics}, file, indent=1
-        )
+        json.dump(evaluation_json(evaluation), file, indent=1)
     write_report(folder, evaluation_report(evaluation, args.bundle))
-    print(metrics_table(evaluation))
+    print(evaluation_text(evaluation))
     print(os.path.join(folder, "report.html"))
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="train each kind of fusion with several seeds, and print what each is worth",
+        description="Train each kind of fusion with several seeds on the same data and measure it: the main metric of "
+        "the fused prediction, of each modality alone and of the mean of these, and the gain over the better modality.",
+        epilog="A run is one of `mmray train`, named <train.name>-<kind>-<seed> below train.storage. The same command "
+        "continues after an interruption; what is finished answers at once.",
+    )
+    _add_config(compare)
+    compare.add_argument("--kinds", nargs="+", metavar="KIND", help="weighted_sum concat conv attention bilinear")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each kind (default: %(default)s)")
+    compare.add_argument("--table", metavar="TABLE", help="labelled rows to measure on (default: the training table)")
+    compare.add_argument("--split", help="measure only rows with this value of table.split_column")
+    compare.add_argument("--json", metavar="FILE", help="file for the figures")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from mmray.compare import KINDS, compare_fusions, comparison_text, run_line
+
+    config, kinds = load_config(args.config, args.set), args.kinds or KINDS
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ConfigError(f"--kinds: no fusion is called {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    found = compare_fusions(
+        config,
+        kinds,
+        args.seeds,
+        table=args.table,
+        split=args.split,
+        on_run=lambda run: print(run_line(run), file=sys.stderr),
+    )
+    print(comparison_text(found))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)

@@ -20,7 +20,8 @@ from mmray.config import Config
 from mmray.config_file import load_config
 from mmray.errors import ConfigError
 from mmray.evaluate import Evaluation, evaluate_bundle
-from mmray.report import Headline, Report, write_report
+from mmray.report import write_report
+from mmray.report.sections import Headline, Report
 from mmray.score.job import ScoreResult, score_table
 from mmray.score.verify import VerifyReport, verify_output
 from mmray.summary import evaluation_report, scoring_section

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmray.config import Config
 from mmray.model.encoders import ENCODERS
-from mmray.model.fusion import build_fusion
+from mmray.model.fusion import WeightedSum, build_fusion
 from mmray.model.heads import build_head
 
 ABSENT_STD = 0.02  # of the absent embedding's start: near nothing
@@ -84,6 +84,12 @@ class FusionModel(nn.Module):
         """Returns logits [B, K] from embeddings."""
         fused = self._fusion(self._substitute(embeddings, present), present)
         logits: Tensor = self.head(self._dropout(fused))
+        return logits
+
+    def fuse_at(self, alpha: float, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+        """Returns logits [B, K] at this weight of the image in place of the model's own, where the fusion has one."""
+        assert isinstance(self._fusion, WeightedSum), "only a weighted sum has a weight of the image"
+        logits: Tensor = self.head(self._fusion(self._substitute(embeddings, present), present, alpha))
         return logits
 
     def image_weight(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor | None:

@@ -59,7 +59,7 @@ class WeightedSum(Fusion):
 
     def __init__(self, config: WeightedSumConfig, modalities: Sequence[str], width: int) -> None:
         super().__init__(modalities, width)
-        logits = self._initial_logits(config.initial_alpha)
+        logits = self._logits_of(config.initial_alpha)
         self._gate: nn.Linear | None = None
         if config.alpha == "gated":
             self._gate = nn.Linear(width * len(self.modalities), len(self.modalities))
@@ -70,25 +70,36 @@ class WeightedSum(Fusion):
         else:
             self.register_buffer("logits", logits)
 
-    def _initial_logits(self, alpha: float) -> Tensor:
+    def _logits_of(self, alpha: float) -> Tensor:
         shares = [1.0] * len(self.modalities)
         if IMAGE in self.modalities and len(shares) > 1:
             others = (1 - alpha) / (len(shares) - 1)
             shares = [alpha if name == IMAGE else others for name in self.modalities]
-        return torch.tensor(shares).log()
+        # The log of nothing would leave nothing of a row that has only that.
+        return torch.tensor(shares).clamp_min(torch.finfo(torch.float32).tiny).log()
 
-    def weights(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight of each modality in each row [B, M]: zero where it is absent."""
+    def weights(
+        self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor], alpha: float | None = None
+    ) -> Tensor:
+        """Returns the weight of each modality in each row [B, M]: zero where it is absent.
+
+        Args:
+            alpha: weight of the image where nothing is absent, 0 to 1, in place of the model's own.
+        """
         stacked = self._stack(embeddings)
         logits = self.logits if self._gate is None else self._gate(stacked.flatten(1))
+        if alpha is not None:
+            logits = self._logits_of(alpha).to(stacked.device)
         mask = torch.stack([present[name] for name in self.modalities], dim=1)
         # Masked before the softmax: one modality left then weighs exactly one, however small its weight beside others.
         masked = logits.float().expand(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         return (torch.softmax(masked, dim=1) * mask).to(stacked.dtype)
 
-    def forward(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """Returns the fused embedding [B, D]."""
-        weights = self.weights(embeddings, present)
+    def forward(
+        self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor], alpha: float | None = None
+    ) -> Tensor:
+        """Returns the fused embedding [B, D], with the model's own alpha or the one given."""
+        weights = self.weights(embeddings, present, alpha)
         return (self._stack(embeddings) * weights[:, :, None]).sum(dim=1)
 
     def image_weight(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor | None:

@@ -36,8 +36,24 @@ class Head(nn.Module, ABC):
         """Returns probabilities [B, number of labels], or the values [B, 1] of a regression."""
 
 
-class BinaryHead(Head):
-    """p = sigmoid(z). L = - w_1 y log p - w_0 (1 - y) log(1 - p), times (1 - p_t)^gamma for the focal loss."""
+class ClassificationHead(Head):
+    """A head whose outputs are probabilities, of the logits divided by a temperature T (`mmray.model.calibration`).
+
+    The loss is of the logits as they are: T is fitted when they are learned.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, input_dim: int, num_logits: int) -> None:
+        super().__init__(input_dim, num_logits)
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        return logits.float() / self.temperature
+
+
+class BinaryHead(ClassificationHead):
+    """p = sigmoid(z / T). L = - w_1 y log p - w_0 (1 - y) log(1 - p), times (1 - p_t)^gamma for the focal loss."""
 
     weights: Tensor
 
@@ -59,12 +75,12 @@ class BinaryHead(Head):
 
     def outputs(self, logits: Tensor) -> Tensor:
         """Returns [B, 2]: the probability of the negative and of the positive label."""
-        p = torch.sigmoid(logits.float())
+        p = torch.sigmoid(self._tempered(logits))
         return torch.cat([1 - p, p], dim=1)
 
 
-class MulticlassHead(Head):
-    """p = softmax(z). L = - w_y log p_y, times (1 - p_y)^gamma for the focal loss (Lin et al. 2017)."""
+class MulticlassHead(ClassificationHead):
+    """p = softmax(z / T). L = - w_y log p_y, times (1 - p_y)^gamma for the focal loss (Lin et al. 2017)."""
 
     weights: Tensor
 
@@ -86,11 +102,11 @@ class MulticlassHead(Head):
 
     def outputs(self, logits: Tensor) -> Tensor:
         """Returns the probability of each label [B, K]."""
-        return torch.softmax(logits.float(), dim=1)
+        return torch.softmax(self._tempered(logits), dim=1)
 
 
-class MultilabelHead(Head):
-    """p_k = sigmoid(z_k). L = mean over k of - w_k y_k log p_k - (1 - y_k) log(1 - p_k)."""
+class MultilabelHead(ClassificationHead):
+    """p_k = sigmoid(z_k / T). L = mean over k of - w_k y_k log p_k - (1 - y_k) log(1 - p_k)."""
 
     weights: Tensor
 
@@ -110,7 +126,7 @@ class MultilabelHead(Head):
 
     def outputs(self, logits: Tensor) -> Tensor:
         """Returns the probability of each label [B, K]."""
-        return torch.sigmoid(logits.float())
+        return torch.sigmoid(self._tempered(logits))
 
 
 class RegressionHead(Head):

@@ -61,6 +61,14 @@ def decode_image(data: bytes, config: ImageConfig) -> NDArray[np.uint8] | Fault:
         return fault(Reason.DECODE_ERROR, f"the {header.format} decoder failed: {error.err}")
 
 
+def thumbnail(pixels: NDArray[np.uint8], side: int) -> bytes:
+    """Returns uint8 [S, S, 3] RGB as a small JPEG of at most `side` pixels, for people to look at."""
+    if len(pixels) > side:
+        pixels = np.asarray(cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    return data.tobytes()
+
+
 def _refuse(data: bytes, header: Header | None, config: ImageConfig) -> Fault | None:
     if not data:
         return fault(Reason.EMPTY_FILE, "no bytes")

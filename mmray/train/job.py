@@ -257,13 +257,15 @@ def _make_bundle(
 ) -> Bundle:
     regression = config.task.kind == "regression"
     spread = 3 * counts.target_std
+    best = state.history[best_epoch(state.history)]
+    temperature = {"head.temperature": torch.tensor(best["temperature"])} if "temperature" in best else {}
     bundle = Bundle(
         config=config,
         labels=tuple(labels),
         vocabulary=words,
-        weights=state.best,
+        weights={**state.best, **temperature},
         metrics={
-            "validation": state.history[best_epoch(state.history)],
+            "validation": best,
             "history": state.history,
             "train_rows": counts.rows,
             "unlabelled_rows": counts.unlabelled,

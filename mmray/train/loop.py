@@ -20,6 +20,7 @@ from mmray.config import Config
 from mmray.errors import TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
+from mmray.model.calibration import fit_temperature
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
@@ -107,25 +108,32 @@ def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str,
     """Measures every validation row once, over all workers."""
     model.eval()
     device = next(model.parameters()).device
-    outputs, targets, losses, weights = [], [], [], []
+    logits_of, targets, losses, weights = [], [], [], []
     for batch in rows.mine(EVALUATION_BATCH):
         arrays, present, wanted = to_tensors(batch, config, device)
         embeddings = model.encode(arrays)
         logits = model.fuse(embeddings, present)
         weight = model.image_weight(embeddings, present)
-        outputs.append(model.head.outputs(logits).cpu().numpy())
+        logits_of.append(logits.float().cpu().numpy())
         targets.append(wanted.cpu().numpy())
         losses.append(float(model.head.loss(logits, wanted)) * len(wanted))
         weights += [] if weight is None else weight.tolist()
-    parts = _gather((outputs, targets, sum(losses), weights))
-    all_outputs = np.concatenate([array for part in parts for array in part[0]])
+    parts = _gather((logits_of, targets, sum(losses), weights))
+    all_logits = torch.from_numpy(np.concatenate([array for part in parts for array in part[0]]))
     all_targets = np.concatenate([array for part in parts for array in part[1]])
     all_weights = [weight for part in parts for weight in part[3]]
     return {
         "validation_loss": sum(part[2] for part in parts) / len(all_targets),
         "image_weight": float(np.mean(all_weights)) if all_weights else None,
-        **measure(config.task.kind, all_outputs, all_targets),
+        **measure(config.task.kind, model.head.outputs(all_logits.to(device)).cpu().numpy(), all_targets),
+        **_calibration(config, all_logits, torch.from_numpy(all_targets)),
     }
+
+
+def _calibration(config: Config, logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Returns the temperature for what the epoch has learned, where one is asked for; see `mmray.train.job`."""
+    calibrate = config.task.kind != "regression" and config.task.calibrate
+    return {"temperature": fit_temperature(logits, targets)} if calibrate else {}
 
 
 def _build(settings: Settings) -> FusionModel:
