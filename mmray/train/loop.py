@@ -5,7 +5,7 @@ complete checkpoint, so neither a lost worker nor a killed driver costs more tha
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmray.config import Config, TrainConfig
+from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.precision import autocast, resolve_precision
 from mmray.train.augment import augment
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from mmray.train.optimizer import build_optimizer, set_learning_rate
 from mmray.train.rows import Batch, CachedRows, Rows, ShuffledRows, StreamedRows
 
 EVALUATION_BATCH = 128
@@ -90,7 +91,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     loss_module = ray.train.torch.prepare_model(
         TrainingLoss(model, train.auxiliary_weight), parallel_strategy_kwargs={"find_unused_parameters": True}
     )
-    optimizer = _optimizer(train, model)
+    optimizer = build_optimizer(config, model)
     rows, validation = _rows(settings), CachedRows("validation")
     state = _from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
@@ -152,8 +153,7 @@ class _Steps:
     def _step(self, batch: Batch) -> float:
         arrays, present, targets = to_tensors(batch, self._settings.config, self._device)
         arrays = augment(arrays, self._train)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._train, self._done, self._settings.num_steps)
+        set_learning_rate(self._optimizer, self._train, self._done, self._settings.num_steps)
         self._optimizer.zero_grad(set_to_none=True)
         with autocast(str(self._device), self._precision):
             loss: Tensor = self._loss(arrays, present, targets)
@@ -165,16 +165,6 @@ class _Steps:
         self._scaler.update()
         self._done += 1
         return float(loss.detach())
-
-
-def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Returns the learning rate of a step: a linear warm-up, then constant, linear to zero or half a cosine."""
-    warmup = int(train.warmup_fraction * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return train.learning_rate * factor[train.schedule]
 
 
 def to_tensors(
@@ -243,12 +233,6 @@ def _check_present(rows: CachedRows, config: Config) -> None:
                 f"no training row has a usable {name}; check table.{name}_column = {column!r}"
                 + (f" and table.image_roots = {list(config.table.image_roots)}" if name == "image" else "")
             )
-
-
-def _optimizer(train: TrainConfig, model: FusionModel) -> torch.optim.Optimizer:
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kinds[train.optimizer](parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
 
 
 def _mean(losses: Iterable[float]) -> float:
