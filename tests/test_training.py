@@ -18,7 +18,7 @@ from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.source import ImageSource
 from mmray.train.augment import augment
-from mmray.train.checkpoint import Checkpoint
+from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
 from mmray.train.loop import TrainingLoss, to_tensors
@@ -139,7 +139,9 @@ def test_a_bundle_brings_the_frozen_network_with_it(tmp_path: Path, monkeypatch:
     assert scored["status"].to_pylist() == ["ok"] * 12
 
 
-def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_survives_a_checkpoint() -> None:
+def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_survives_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     tuned = {"kind": "torchvision", "name": "squeezenet1_1", "learning_rate_factor": 0.1}
     config = small_config(model={"image_encoder": tuned}, image={"size": 32}, train={"schedule": "linear"})
     torch.manual_seed(0)
@@ -155,7 +157,10 @@ def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_surviv
     optimizer.step()
     other = FusionModel(config, num_labels=3, words=WORDS)
     resumed = build_optimizer(config, other)
-    Checkpoint.of(model, optimizer, {}, []).restore(other, resumed)
+    save_checkpoint(str(tmp_path), Checkpoint.of(model, optimizer, {}, []))
+    state = latest_checkpoint(str(tmp_path))
+    assert state is not None
+    state.restore(other, resumed)
     sum(parameter.sum() for parameter in other.parameters()).backward()
     for one in (optimizer, resumed):
         set_learning_rate(one, config.train, step=51, num_steps=100)
