@@ -114,6 +114,8 @@ class TorchvisionEncoderConfig(Section):
     """`none`, a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`), or a file with a state dict."""
     freeze: bool = False
     """Keep the network as it is and train only what follows it."""
+    learning_rate_factor: float = Field(default=1.0, gt=0)
+    """Its learning rate, as a share of `train.learning_rate`; with weights, 0.1 keeps what they know."""
 
 
 class EfficientNetEncoderConfig(Section):
@@ -124,6 +126,8 @@ class EfficientNetEncoderConfig(Section):
     """`package` (of the extra `pretrained`), `none`, or a file with a state dict."""
     freeze: bool = True
     """Keep the network as it is and train only what follows it."""
+    learning_rate_factor: float = Field(default=0.1, gt=0)
+    """Where it is not frozen: its learning rate, as a share of `train.learning_rate`."""
 
 
 class RecurrentEncoderConfig(Section):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmray.config import Config
 from mmray.errors import ConfigError
 from mmray.model import FusionModel
+from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import Batch, file_id, shares
 from mmray.train.steps import Steps, TrainingLoss
 
@@ -48,7 +49,7 @@ def regression(**train: Any) -> Config:
 
 def slope_after(batches: list[tuple[Batch, float]], config: Config) -> float:
     model = Slope()
-    list(Steps(model, model, config, len(batches), [FILE]).run(batches))
+    list(Steps(model, model, build_optimizer(config, model), config, len(batches), [FILE]).run(batches))
     return model.slope.item()
 
 
@@ -66,7 +67,7 @@ def test_the_gradients_of_any_number_of_workers_average_to_that_of_the_batch() -
     def gradient(indices: Any, factor: float) -> float:
         model = Slope()
         part = {name: array[indices] for name, array in batch.items()}
-        list(Steps(model, model, config, 1, [FILE]).run([(part, factor)]))
+        list(Steps(model, model, build_optimizer(config, model), config, 1, [FILE]).run([(part, factor)]))
         assert model.slope.grad is not None
         return model.slope.grad.item()
 
@@ -81,7 +82,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows() -> None:
     targets[3] = np.inf
     config = regression()
     model = FusionModel(config, num_labels=1, words=WORDS)
-    steps = Steps(TrainingLoss(model, 0.3), model, config, 7, ["elsewhere/part-1.parquet", FILE])
+    files = ["elsewhere/part-1.parquet", FILE]
+    steps = Steps(TrainingLoss(model, 0.3), model, build_optimizer(config, model), config, 7, files)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     with pytest.raises(ConfigError, match=r"became inf at step 1 of 7, on the rows part-0\.parquet:100, .* and 2 more"):
         list(steps.run([(batch_of(10, targets), 1.0)]))

@@ -18,8 +18,10 @@ from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.source import ImageSource
 from mmray.train.augment import augment
+from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
+from mmray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from mmray.train.steps import TrainingLoss, to_tensors
 
 FROZEN = {"kind": "efficientnet_lite0", "weights": "package", "freeze": True}
@@ -135,3 +137,32 @@ def test_a_bundle_brings_the_frozen_network_with_it(tmp_path: Path, monkeypatch:
     assert bundle.golden.num_rows == 10
     scored = predictor.score(pq.read_table(table / "part-0.parquet"))
     assert scored["status"].to_pylist() == ["ok"] * 12
+
+
+def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_survives_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    tuned = {"kind": "torchvision", "name": "squeezenet1_1", "learning_rate_factor": 0.1}
+    config = small_config(model={"image_encoder": tuned}, image={"size": 32}, train={"schedule": "linear"})
+    torch.manual_seed(0)
+    model = FusionModel(config, num_labels=3, words=WORDS)
+    optimizer = build_optimizer(config, model)
+    set_learning_rate(optimizer, config.train, step=50, num_steps=100)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    whole = learning_rate(config.train, 50, 100)
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(whole * (0.1 if "_backbone" in name else 1.0))
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    other = FusionModel(config, num_labels=3, words=WORDS)
+    resumed = build_optimizer(config, other)
+    save_checkpoint(str(tmp_path), Checkpoint.of(model, optimizer, {}, []))
+    state = latest_checkpoint(str(tmp_path))
+    assert state is not None
+    state.restore(other, resumed)
+    sum(parameter.sum() for parameter in other.parameters()).backward()
+    for one in (optimizer, resumed):
+        set_learning_rate(one, config.train, step=51, num_steps=100)
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -22,6 +22,7 @@ from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
 
@@ -67,13 +68,14 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     loss_module = ray.train.torch.prepare_model(
         TrainingLoss(model, train.auxiliary_weight), parallel_strategy_kwargs={"find_unused_parameters": True}
     )
-    steps = Steps(loss_module, model, config, settings.num_steps, settings.files)
+    optimizer = build_optimizer(config, model)
+    steps = Steps(loss_module, model, optimizer, config, settings.num_steps, settings.files)
     rows, validation = _rows(settings), CachedRows("validation")
     state = _from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     if state is not None:
-        state.restore(model, steps.optimizer)
+        state.restore(model, optimizer)
         history, best = state.history, dict(state.best)
     steps.done = len(history) * settings.num_steps // train.epochs
     while len(history) < train.epochs and not _should_stop(history, config):
@@ -84,7 +86,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
         if best_epoch(history) == len(history) - 1:
             best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if rank == 0:
-            save_checkpoint(settings.folder, Checkpoint.of(model, steps.optimizer, best, history))
+            save_checkpoint(settings.folder, Checkpoint.of(model, optimizer, best, history))
             settings.progress.put(history[-1])
         ray.train.report(history[-1])
 

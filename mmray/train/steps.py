@@ -1,11 +1,11 @@
-"""One optimiser step after another: the loss of a batch, its gradients, the learning rate.
+"""One optimiser step after another: the loss of a batch, its gradients.
 
 Reads batches of preprocessed rows -> changes a model. Nothing here knows of Ray: workers share batches by the factor
 that comes with each.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmray.config import Config, TrainConfig
+from mmray.config import Config
 from mmray.errors import ConfigError
 from mmray.model import FusionModel
 from mmray.model.precision import autocast, resolve_precision
 from mmray.train.augment import augment
+from mmray.train.optimizer import set_learning_rate
 from mmray.train.rows import Batch, file_id
 
 NAMED_ROWS = 8  # of a batch whose loss is not finite
@@ -48,22 +49,31 @@ class TrainingLoss(nn.Module):
 
 
 class Steps:
-    """Optimiser steps, with the learning rate a function of how many were taken."""
+    """Optimiser steps of a run."""
 
-    def __init__(self, loss: nn.Module, model: nn.Module, config: Config, num_steps: int, files: Sequence[str]) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        num_steps: int,
+        files: Sequence[str],
+    ) -> None:
         """Takes no step yet.
 
         Args:
             loss: gives the loss of a batch, as `TrainingLoss` does; DistributedDataParallel may stand around it.
             model: what it trains.
+            optimizer: of the model.
             config: of the run.
             num_steps: steps of the whole run.
             files: URIs of the training table's files, to name rows by.
         """
-        self._loss, self._model, self._config, self._num_steps, self._files = loss, model, config, num_steps, files
+        self._loss, self._model, self._optimizer = loss, model, optimizer
+        self._config, self._num_steps, self._files = config, num_steps, files
         self.done = 0
         """Steps taken, also by those before an interruption."""
-        self.optimizer = _optimizer(config.train, model)
         self._device = next(model.parameters()).device
         self._precision = resolve_precision(config.train.precision, str(self._device))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision == "fp16")
@@ -80,15 +90,14 @@ class Steps:
 
     def _step(self, batch: Batch, factor: float) -> float:
         train = self._config.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, self.done, self._num_steps)
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self._optimizer, train, self.done, self._num_steps)
+        self._optimizer.zero_grad(set_to_none=True)
         parts = list(_parts(batch, train.accumulation))
         loss = sum(self._backward(part, factor * share, k == len(parts) - 1) for k, (part, share) in enumerate(parts))
         if train.clip_norm:
-            self._scaler.unscale_(self.optimizer)
+            self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._model.parameters(), train.clip_norm)
-        self._scaler.step(self.optimizer)
+        self._scaler.step(self._optimizer)
         self._scaler.update()
         self.done += 1
         return loss
@@ -126,16 +135,6 @@ def _parts(batch: Batch, number: int) -> Iterator[tuple[Batch, float]]:
         yield {name: array[indices] for name, array in batch.items()} if number > 1 else batch, len(indices) / rows
 
 
-def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Returns the learning rate of a step: a linear warm-up, then constant, linear to zero or half a cosine."""
-    warmup = int(train.warmup_fraction * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return train.learning_rate * factor[train.schedule]
-
-
 def to_tensors(
     batch: Batch, config: Config, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
@@ -146,9 +145,3 @@ def to_tensors(
     targets = tensors.pop("target")
     present = {name: tensors.pop(f"present_{name}") for name in config.table.modalities}
     return tensors, present, targets.float() if config.task.kind in ("binary", "regression") else targets
-
-
-def _optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return kinds[train.optimizer](parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
