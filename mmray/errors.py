@@ -2,6 +2,7 @@
 
 MmrayError                    exit 2
 ├── ConfigError               exit 2   a setting is unknown, malformed or contradicts another
+│   └── DivergenceError       exit 2   training came to a loss that is no number
 ├── TableError                exit 2   an input table or column is missing, empty or unreadable
 ├── BundleError               exit 2   a bundle is damaged, of another version, or fails its golden rows
 ├── OutputConflictError       exit 3   the output folder belongs to a different run
@@ -24,6 +25,10 @@ class MmrayError(Exception):
 
 class ConfigError(MmrayError):
     """A setting is unknown, malformed or contradicts another."""
+
+
+class DivergenceError(ConfigError):
+    """Training came to a loss that is no number: the learning rate is too high, or a row is wrong."""
 
 
 class TableError(MmrayError):

@@ -19,7 +19,7 @@ LAYERS = (
     {"config_file", "slices", "labels", "source"},
     {"preprocess"},
     {"model"},
-    {"metrics", "curves"},
+    {"metrics", "curves", "knobs"},
     {"bundle"},
     {"prediction"},
     {"predictor"},
@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluate", "parity", "schedule"},
     {"report", "progress"},
     {"summary"},
-    {"demo", "compare"},
+    {"demo", "compare", "tune"},
     {"commands"},
     {"cli"},
 )
@@ -47,6 +47,7 @@ RAY = {
     "mmray/train/job.py",
     "mmray/serve/app.py",
     "mmray/serve/meters.py",
+    "mmray/tune.py",
 }
 NO_TORCH = {
     "errors",

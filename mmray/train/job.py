@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from ray.util.queue import Empty, Queue
 
 from mmray.bundle import Bundle, read_info, save_bundle, without_weight_files
-from mmray.cluster import RAY_ERRORS, cluster, local_cpus, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, given_address, local_cpus, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
@@ -66,15 +66,22 @@ class TrainResult:
     """Epochs trained by this call; the others were there already."""
 
 
-def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> TrainResult:
+def train_model(
+    config: Config, *, on_epoch: OnEpoch = lambda entry: None, cutoffs: Mapping[int, float] | None = None
+) -> TrainResult:
     """Trains a model and writes its bundle.
+
+    Args:
+        config: its settings.
+        on_epoch: called with the history's entry of each epoch as it ends.
+        cutoffs: by epoch, the validation loss above which training ends with that epoch; see `mmray.tune`.
 
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
     """
     tables = open_tables(config)
     check_label_column(config, tables.train)
-    _check_gpu_request(config)
+    check_gpu_request(config)
     folder = _claim_run(config, tables)
     bundle_uri = f"{folder}/bundle"
     if open_store(bundle_uri).stat("bundle.json"):
@@ -89,7 +96,7 @@ def train_model(config: Config, *, on_epoch: OnEpoch = lambda entry: None) -> Tr
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
-            _fit(config, tables, counts, labels, words, folder, on_epoch)
+            _fit(config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
     state = latest_checkpoint(folder)
@@ -107,6 +114,7 @@ def _fit(
     words: Vocabulary | None,
     folder: str,
     on_epoch: OnEpoch,
+    cutoffs: Mapping[int, float],
 ) -> None:
     train = config.train
     frozen = has_frozen_images(config)
@@ -122,7 +130,7 @@ def _fit(
             "no labelled row is left for validation; raise table.validation_fraction or give table.validation"
         )
     # Ray keeps its own notes in the scratch folder; the run's checkpoints are ours (`mmray.train.checkpoint`).
-    with _entries(on_epoch) as progress, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
+    with progress_queue(on_epoch) as progress, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
         settings = Settings(
             config=config,
             folder=folder,
@@ -134,6 +142,7 @@ def _fit(
             num_rows=counts.rows,
             files=[file.uri for file in tables.train.files],
             cached=cached,
+            cutoffs=cutoffs,
             progress=progress,
         )
         trainer = ray.train.torch.TorchTrainer(
@@ -168,7 +177,7 @@ def _ctrl_c_is_an_interruption() -> Iterator[None]:
 
 
 @contextmanager
-def _entries(on_epoch: OnEpoch) -> Iterator[Queue]:
+def progress_queue(on_epoch: OnEpoch) -> Iterator[Queue]:
     """Yields a queue whose entries are handed to `on_epoch` as they come."""
     entries, stop = Queue(actor_options={"num_cpus": 0}), threading.Event()
 
@@ -216,8 +225,12 @@ def _claim_run(config: Config, tables: Tables) -> str:
     return folder
 
 
-def _check_gpu_request(config: Config) -> None:
-    if config.train.use_gpu and not os.environ.get("RAY_ADDRESS") and not torch.cuda.is_available():
+def check_gpu_request(config: Config) -> None:
+    """Refuses GPUs that this machine has not; a cluster that is given may grow them."""
+    if not config.train.use_gpu or given_address():
+        return
+    # Ray hides the GPUs from what has not asked for one, such as a trial of `mmray.tune`: its workers have.
+    if not (ray.cluster_resources().get("GPU") if ray.is_initialized() else torch.cuda.is_available()):  # type: ignore[no-untyped-call]
         raise ConfigError("train.use_gpu = true, and this machine has no GPU that torch can use; set it to false")
 
 

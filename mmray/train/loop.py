@@ -47,6 +47,8 @@ class Settings:
     files: Sequence[str]
     """URIs of the training table's files."""
     cached: bool
+    cutoffs: Mapping[int, float]
+    """By epoch, the validation loss above which training ends with it."""
     progress: Any
     """A Ray queue for the entries of the history."""
 
@@ -78,7 +80,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
         state.restore(model, optimizer)
         history, best = state.history, dict(state.best)
     steps.done = len(history) * settings.num_steps // train.epochs
-    while len(history) < train.epochs and not _should_stop(history, config):
+    while len(history) < train.epochs and not _should_stop(history, settings):
         torch.manual_seed(train.seed + 1000 * len(history) + rank)  # the same whether the run was interrupted or not
         loss = _mean(steps.run(rows.epoch(len(history))))
         entry = {"epoch": len(history) + 1, "train_loss": loss, **_validate(model, validation, config)}
@@ -100,9 +102,12 @@ def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
     return min(range(len(history)), key=lambda k: float(history[k]["validation_loss"]))
 
 
-def _should_stop(history: Sequence[Mapping[str, Any]], config: Config) -> bool:
-    patience = config.train.patience
-    return bool(patience and history and len(history) - 1 - best_epoch(history) >= patience)
+def _should_stop(history: Sequence[Mapping[str, Any]], settings: Settings) -> bool:
+    if not history:
+        return False
+    patience, cutoff = settings.config.train.patience, settings.cutoffs.get(len(history))
+    waited = patience and len(history) - 1 - best_epoch(history) >= patience
+    return bool(waited) or (cutoff is not None and history[-1]["validation_loss"] > cutoff)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmray.config import Config
-from mmray.errors import ConfigError
+from mmray.errors import DivergenceError
 from mmray.model import FusionModel
 from mmray.model.precision import autocast, resolve_precision
 from mmray.train.augment import augment
@@ -82,7 +82,7 @@ class Steps:
         """Yields the loss of each step.
 
         Raises:
-            ConfigError: a loss is not finite; names the rows of its batch.
+            DivergenceError: a loss is not finite; names the rows of its batch.
         """
         self._model.train()
         for batch, factor in batches:
@@ -113,7 +113,7 @@ class Steps:
                 loss: Tensor = factor * self._loss(arrays, present, targets)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise ConfigError(self._not_finite(value, batch))
+                raise DivergenceError(self._not_finite(value, batch))
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return value
 
