@@ -108,7 +108,8 @@ def cutoffs(trials: Sequence[Trial]) -> dict[int, float]:
     epochs = max((trial["of"] for trial in known), default=0)
     found = {}
     for rung in {math.ceil(epochs / REDUCTION**k) for k in range(1, RUNGS + 1)} - {epochs}:
-        losses = sorted(trial["history"][rung - 1][LOSS] for trial in known if trial["epochs"] >= rung)
+        losses = [trial["history"][rung - 1][LOSS] for trial in known if trial["epochs"] >= rung]
+        losses = sorted(loss for loss in losses if math.isfinite(loss))
         if len(losses) >= REDUCTION:  # fewer say nothing
             found[rung] = losses[(len(losses) + 1) // REDUCTION - 1]
     return found
@@ -138,6 +139,8 @@ def _trial(number: int, settings: Mapping[str, Any], result: TrainResult | str) 
     trial = {"trial": number, "settings": dict(settings)}
     if isinstance(result, str):
         return {**trial, "diverged": result}
+    if not math.isfinite(result.best[LOSS]):
+        return {**trial, "diverged": f"its {LOSS} is {result.best[LOSS]}"}
     of = read_info(result.bundle).config.train.epochs
     done = {"epochs": len(result.history), "of": of, "best": result.best}
     return {**trial, **done, "history": result.history, "bundle": result.bundle}

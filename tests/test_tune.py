@@ -1,6 +1,7 @@
 """Tuning: what is tried, who is stopped, what is not done twice, and what a user reads."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_at_a_ninth_and_a_third_of_the_epochs_one_trial_in_three_goes_on() -> No
     stopped = [trial(0.95, 0.75, of=18), trial(0.95, 0.5, of=18)]
     assert cutoffs([*long, *stopped]) == pytest.approx({2: 0.69, 6: 0.65}), "the second best of five"
     assert cutoffs([*long, {"diverged": "a loss that is no number"}]) == cutoffs(long)
+    assert cutoffs([*long, trial(math.nan, math.nan, of=18)]) == cutoffs(long)
     assert set(cutoffs([trial(0.5, 0.4, of=2)] * 3)) == {1}
     assert cutoffs([trial(0.5, of=1)] * 3) == {}
 
@@ -99,11 +101,11 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
     recipe = tmp_path / "run.toml"
     recipe.write_text(f'[table]\ntrain = "{rows}"\n[train]\nstorage = "{tmp_path}"\nepochs = 3\n')
     config = Config.model_validate({"table": {"train": str(rows)}, "train": {"storage": str(tmp_path), "epochs": 3}})
-    settings = sampled(config, ["dropout", "width"], 3)
-    for number, losses in enumerate([(0.7, 0.5, 0.6), (0.6, 0.25, 0.3), (0.8,)]):
+    settings = sampled(config, ["dropout", "width"], 4)
+    for number, losses in enumerate([(0.7, 0.5, 0.6), (0.6, 0.25, 0.3), (math.nan,), (0.8,)]):
         finish(config, number, settings[number], *losses)
     figures = tmp_path / "figures.json"
-    flags = ["--trials", "3", "--knobs", "dropout", "width", "--json", str(figures)]
+    flags = ["--trials", "4", "--knobs", "dropout", "width", "--json", str(figures)]
     assert main(["tune", str(recipe), *flags]) == 0
     assert not ray.is_initialized()
     said = capsys.readouterr()
@@ -112,11 +114,12 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
         ["trial", "validation_loss", "accuracy", "epochs", "dropout", "width"],
         ["1", "0.2500", "0.7500", "3/3", str(dropout), str(width)],
         ["0", "0.5000", "0.5000", "3/3", "0.3", "128"],
-        ["2", "0.8000", "0.2000", "1/3", *map(str, settings[2].values())],
+        ["3", "0.8000", "0.2000", "1/3", *map(str, settings[3].values())],
+        ["2", "diverged", "-", "-", *map(str, settings[2].values())],
         ["best:", "trial", "1,", "--set", f"model.dropout={dropout}", "--set", f"model.width={width}"],
         [f"{tmp_path}/tune-1/bundle"],
     ]
-    assert "trial 2: validation_loss 0.8000, stopped after 1 of 3 epochs" in said.err
+    assert "trial 3: validation_loss 0.8000, stopped after 1 of 3 epochs" in said.err
     best = json.loads(figures.read_text())["trials"][0]
     assert (best["trial"], best["best"]["epoch"], best["settings"]) == (1, 2, settings[1])
     assert main(["tune", str(recipe), *flags, "--set", "train.weight_decay=0.3"]) == 2, "these are other trials"
@@ -124,6 +127,7 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_hopeless_trial_that_was_interrupted_is_stopped_where_it_was_and_a_diverged_one_is_survived(
     ray_cluster: None, rows: Path, tmp_path: Path
 ) -> None:
