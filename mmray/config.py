@@ -32,6 +32,8 @@ class TableConfig(Section):
     """Column of texts; empty for an image-only model."""
     label_column: str = "label"
     """Column of labels: strings, integers or booleans; lists for multilabel; numbers for regression."""
+    max_unlabelled: float = Field(default=0.5, ge=0, le=1)
+    """Larger shares of rows without a label stop the run; smaller ones are left out and counted."""
     image_roots: tuple[str, ...] = ()
     """Folders that image paths may lie in; without any, the table's own folder."""
 
@@ -231,6 +233,15 @@ class ModelConfig(Section):
     """`kind = "weighted_sum"`, `"concat"`, `"conv"`, `"attention"` or `"bilinear"`."""
 
 
+class AutoTaskConfig(Section):
+    """What the label column asks for: lists are multilabel, numbers a regression, two labels binary, others multiclass.
+
+    Whole numbers of few kinds are labels.
+    """
+
+    kind: Literal["auto"] = "auto"
+
+
 class BinaryConfig(Section):
     """Two labels; binary cross-entropy with logits."""
 
@@ -287,10 +298,7 @@ class RegressionConfig(Section):
     """Where Huber's loss turns from square to linear, in standard deviations of the target."""
 
 
-TaskConfig = Annotated[
-    BinaryConfig | MulticlassConfig | MultilabelConfig | RegressionConfig,
-    Field(discriminator="kind"),
-]
+TaskConfig = BinaryConfig | MulticlassConfig | MultilabelConfig | RegressionConfig
 
 
 class TrainConfig(Section):
@@ -356,8 +364,8 @@ class Config(Section):
     """Text preprocessing."""
     model: ModelConfig = ModelConfig()
     """Encoders and fusion."""
-    task: TaskConfig = MulticlassConfig()
-    """`kind = "binary"`, `"multiclass"`, `"multilabel"` or `"regression"`."""
+    task: Annotated[AutoTaskConfig | TaskConfig, Field(discriminator="kind")] = AutoTaskConfig()
+    """`kind = "auto"`, `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`."""
     train: TrainConfig = TrainConfig()
     """Optimisation and storage."""
 

@@ -32,6 +32,7 @@ def small_config(**sections: Any) -> Config:
     """A configuration with a tiny model; sections are merged over it."""
     raw: dict[str, Any] = {
         "table": {"train": "rows"},
+        "task": {"kind": "multiclass"},
         "image": {"size": 16},
         "text": {"max_tokens": 8, "ngram_buckets": 50, "max_ngrams": 20},
         "model": {
