@@ -222,7 +222,7 @@ class ModelConfig(Section):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     """Dropout before the head and on each projected embedding."""
     modality_dropout: float = Field(default=0.3, ge=0, lt=1)
-    """Chance per row and modality, while training, that it is withheld: one learned by heart must not hide the other."""
+    """Chance per row and modality, in training, that it is withheld: one learned by heart must not hide the other."""
     image_encoder: ImageEncoderConfig = CnnEncoderConfig()
     """`kind = "cnn"`, `"torchvision"` or `"efficientnet_lite0"`."""
     text_encoder: TextEncoderConfig = RecurrentEncoderConfig()
