@@ -31,7 +31,7 @@ from mmray.preprocess import Preprocessor
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "opencv-python-headless", "numpy")
 
 

@@ -26,7 +26,7 @@ from mmray.options import ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
 
-MAX_RETRIES = 3  # of an actor and of a slice on it; Ray's own default is for ever
+MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
 MAX_BLOCKS = 4096  # of slices on their way through Ray Data
 RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
 LOSSES = (
@@ -92,7 +92,13 @@ def cpus_for(options: ScoreConfig) -> int:
 
 
 def map_slices(
-    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig, name: str
+    slices: Sequence[Slice],
+    worker: type,
+    arguments: tuple[Any, ...],
+    options: ScoreConfig,
+    name: str,
+    *,
+    max_retries: int = MAX_RETRIES,
 ) -> Iterator[dict[str, Any]]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
@@ -105,13 +111,14 @@ def map_slices(
         arguments: of the worker's constructor; the options, settled, come after them.
         options: size and place of the pool.
         name: of the work, on Ray's dashboard.
+        max_retries: of an actor, and of a slice whose actor died, be it of another slice.
     """
     _check_gpus(options.gpus_per_actor)
     left = list(slices)
     while left:
         done = set[int]()
         try:
-            for row in _one_pass(left, worker, arguments, options, name):
+            for row in _one_pass(left, worker, arguments, options, name, max_retries):
                 done.add(row["slice"])
                 yield row
             return
@@ -125,7 +132,12 @@ def map_slices(
 
 
 def _one_pass(
-    slices: Sequence[Slice], worker: type, arguments: tuple[Any, ...], options: ScoreConfig, name: str
+    slices: Sequence[Slice],
+    worker: type,
+    arguments: tuple[Any, ...],
+    options: ScoreConfig,
+    name: str,
+    max_retries: int,
 ) -> Iterator[dict[str, Any]]:
     placement = place(options, len(slices))
     pool = ray.data.ActorPoolStrategy(
@@ -142,8 +154,8 @@ def _one_pass(
         num_cpus=placement.num_cpus,
         num_gpus=options.gpus_per_actor,
         label_selector=options.node_labels or None,
-        max_restarts=MAX_RETRIES,
-        max_task_retries=MAX_RETRIES,
+        max_restarts=max_retries,
+        max_task_retries=max_retries,
     )
     rows.set_name(name)
     yield from rows.iter_rows()

@@ -87,7 +87,7 @@ def _run(config: Config, kind: str, table: str, split: str | None) -> dict[str, 
     if store.stat(name) is None:
         measured = evaluate_bundle(bundle, table, split=split)
         run = {"fusion": kind, "seed": config.train.seed, "bundle": bundle, "rows": measured.rows}
-        run["metric"] = PRIMARY[config.task.kind]
+        run["metric"] = PRIMARY[measured.info.config.task.kind]
         store.create(name, json.dumps({**run, "metrics": measured.metrics}, indent=1).encode())
     found: dict[str, Any] = json.loads(store.read(name))
     return found

@@ -32,6 +32,8 @@ class TableConfig(Section):
     """Column of texts; empty for an image-only model."""
     label_column: str = "label"
     """Column of labels: strings, integers or booleans; lists for multilabel; numbers for regression."""
+    max_unlabelled: float = Field(default=0.5, ge=0, le=1)
+    """Larger shares of rows without a label stop the run; smaller ones are left out and counted."""
     image_roots: tuple[str, ...] = ()
     """Folders that image paths may lie in; without any, the table's own folder."""
 
@@ -219,16 +221,25 @@ class ModelConfig(Section):
 
     width: int = Field(default=128, ge=1)
     """Width that each encoder's output is projected to."""
-    dropout: float = Field(default=0.3, ge=0, lt=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
     """Dropout before the head and on each projected embedding."""
-    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Chance per row and modality, while training, that a present modality is withheld."""
+    modality_dropout: float = Field(default=0.3, ge=0, lt=1)
+    """Chance per row and modality, in training, that it is withheld: one learned by heart must not hide the other."""
     image_encoder: ImageEncoderConfig = CnnEncoderConfig()
     """`kind = "cnn"`, `"torchvision"` or `"efficientnet_lite0"`."""
     text_encoder: TextEncoderConfig = RecurrentEncoderConfig()
     """`kind = "lstm"`, `"gru"`, `"rnn"` or `"bag"`."""
     fusion: FusionConfig = WeightedSumConfig()
     """`kind = "weighted_sum"`, `"concat"`, `"conv"`, `"attention"` or `"bilinear"`."""
+
+
+class AutoTaskConfig(Section):
+    """What the label column asks for: lists are multilabel, numbers a regression, two labels binary, others multiclass.
+
+    Whole numbers of few kinds are labels.
+    """
+
+    kind: Literal["auto"] = "auto"
 
 
 class BinaryConfig(Section):
@@ -287,10 +298,7 @@ class RegressionConfig(Section):
     """Where Huber's loss turns from square to linear, in standard deviations of the target."""
 
 
-TaskConfig = Annotated[
-    BinaryConfig | MulticlassConfig | MultilabelConfig | RegressionConfig,
-    Field(discriminator="kind"),
-]
+TaskConfig = BinaryConfig | MulticlassConfig | MultilabelConfig | RegressionConfig
 
 
 class TrainConfig(Section):
@@ -316,7 +324,7 @@ class TrainConfig(Section):
     """Weight of the loss of each modality alone, the others withheld, beside the fused loss."""
     augment: bool = True
     """Flip, shift, scale and turn training images a little."""
-    word_dropout: float = Field(default=0.2, ge=0, lt=1)
+    word_dropout: float = Field(default=0.5, ge=0, lt=1)
     """Chance of each word and character n-gram, while training, that it is withheld."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""
@@ -356,8 +364,8 @@ class Config(Section):
     """Text preprocessing."""
     model: ModelConfig = ModelConfig()
     """Encoders and fusion."""
-    task: TaskConfig = MulticlassConfig()
-    """`kind = "binary"`, `"multiclass"`, `"multilabel"` or `"regression"`."""
+    task: Annotated[AutoTaskConfig | TaskConfig, Field(discriminator="kind")] = AutoTaskConfig()
+    """`kind = "auto"`, `"binary"`, `"multiclass"`, `"multilabel"` or `"regression"`."""
     train: TrainConfig = TrainConfig()
     """Optimisation and storage."""
 

@@ -80,7 +80,7 @@ _TAGS = {
     "conv",
     "attention",
 }
-_TAGS |= {"bilinear", "binary", "multiclass", "multilabel", "regression"}
+_TAGS |= {"bilinear", "auto", "binary", "multiclass", "multilabel", "regression"}
 
 
 def _explain(item: Any, where: str) -> str:

@@ -39,7 +39,7 @@ class Knob:
 KNOBS = {
     "learning_rate": Knob("train.learning_rate", _logarithmic(3e-4, 1e-2)),
     "weight_decay": Knob("train.weight_decay", _logarithmic(1e-3, 0.5)),
-    "dropout": Knob("model.dropout", _even(0.0, 0.6)),
+    "dropout": Knob("model.dropout", _even(0.0, 0.7)),
     "word_dropout": Knob("train.word_dropout", _even(0.0, 0.5), ("text",)),
     "auxiliary_weight": Knob("train.auxiliary_weight", _even(0.0, 1.0), ("image", "text")),
     "modality_dropout": Knob("model.modality_dropout", _even(0.0, 0.4), ("image", "text")),

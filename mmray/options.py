@@ -39,6 +39,9 @@ class ScoreConfig(Section):
     """Threads that decode images in each scoring process; by default 1, or the CPUs beside each process with a GPU."""
     reads: int = Field(default=64, ge=1)
     """Images of a store that each scoring process reads at a time; local ones are read as they are decoded."""
+    stuck_after_s: float = Field(default=600.0, gt=0)
+    """Seconds that any step of a slice is given; a process that gets on with none for so long, and for twenty times as
+    long as it ever took, is ended, and its slices are scored where a row that hangs can be named."""
     max_error_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that may fail before `_SUCCESS` is withheld (exit 6); by default any, each with its reason."""
 

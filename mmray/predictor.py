@@ -4,6 +4,8 @@ Reads cells of images and texts -> gives one prediction per row, in order. A row
 the order or the neighbours it comes with, within `TOLERANCE`.
 """
 
+import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmray.bundle import Bundle
-from mmray.errors import BundleError, ConfigError
+from mmray.errors import BundleError, ConfigError, EnvironmentFaultError
 from mmray.model.folding import fold_batch_norms
 from mmray.model.precision import Precision, autocast, resolve_precision
 from mmray.options import ScoreConfig
@@ -26,12 +28,13 @@ from mmray.prediction import Prediction
 from mmray.preprocess import Features, Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.source import ImageSource
-from mmray.table import cells, output_fields
+from mmray.table import append_columns, cells, output_fields
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 """Largest difference of a probability (or of a standardised regression value) between machines and batch sizes."""
 
 FED_AHEAD = 16  # batches on their way from elsewhere: so many CPUs can prepare at a time, and memory has a bound
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 Feed = Callable[[Mapping[str, Sequence[Any]]], Future[Features]]
 """Who prepares a batch: called with the cells of each modality, answers at once with what will be its features."""
@@ -80,6 +83,7 @@ class Predictor:
         self._thread = ThreadPoolExecutor(1)
         self._feed, self._ahead = feed, FED_AHEAD if feed else 1
         self._on_stage = on_stage
+        self._fits = sys.maxsize  # rows of a forward pass, as far as is known
         self._turn = threading.Lock()  # two batches at once would only push one another out of the cache
         self.precision: Precision = "fp32"
         self.precision = self._choose_precision()
@@ -99,10 +103,8 @@ class Predictor:
 
     def score(self, table: pa.Table) -> pa.Table:
         """Returns the table with the columns of `output_fields` appended: n rows in, n rows out, in order."""
-        scored = self.scores(self.predict({name: cells(table[self.column(name)]) for name in self.modalities}))
-        for field in scored.schema:
-            table = table.append_column(field, scored[field.name])
-        return table
+        columns = {name: cells(table[self.column(name)]) for name in self.modalities}
+        return append_columns(table, self.scores(self.predict(columns)))
 
     def scores(self, prediction: Prediction) -> pa.Table:
         """Returns the columns of `output_fields` for what was predicted, a row each."""
@@ -162,9 +164,36 @@ class Predictor:
         with self._turn:
             return self.predict_features(features, alone=alone, alphas=alphas)
 
-    @torch.inference_mode()
     def predict_features(self, features: Features, *, alone: bool = False, alphas: Sequence[float] = ()) -> Prediction:
-        """Predicts B rows that were preprocessed, as one batch."""
+        """Predicts B rows that were preprocessed, as one batch; as smaller ones from when one did not fit in memory.
+
+        Raises:
+            EnvironmentFaultError: a single row does not fit.
+        """
+        rows = features.num_rows
+        if rows <= self._fits:
+            try:
+                return self._forward(features, alone, alphas)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self._shrink(rows)
+        parts = [self.predict_features(part, alone=alone, alphas=alphas) for part in features.split(self._fits)]
+        return Prediction.concatenate(parts)
+
+    def _shrink(self, rows: int) -> None:
+        if rows < 2:
+            raise EnvironmentFaultError(
+                f"the memory of this {self.device} does not hold the model at one row; run fewer processes on it, or "
+                "take a larger machine"
+            )
+        self._fits = rows // 2
+        _log.warning("%d rows do not fit in memory; from now on %d at a time", rows, self._fits)
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _forward(self, features: Features, alone: bool, alphas: Sequence[float]) -> Prediction:
         arrays = {name: torch.from_numpy(array).to(self.device) for name, array in features.arrays.items()}
         present = {name: torch.from_numpy(mask).to(self.device) for name, mask in features.present.items()}
         with autocast(self.device, self.precision):
@@ -222,6 +251,11 @@ def timed(on_stage: OnStage, stage: str, function: Callable[..., T], *arguments:
 def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
     """Returns the name of a modality's column: the run's own, or the one trained on."""
     return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU, torch has no class of its own for it.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 def _only(name: str, present: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

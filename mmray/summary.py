@@ -22,6 +22,7 @@ from mmray.score.ledger import HISTOGRAM_BINS, Ledger
 from mmray.score.verify import VerifyReport
 from mmray.table import Reason
 
+TRAINED_ON = ("train_rows", "unlabelled_rows", "validation_rows", "unlabelled_validation_rows")
 MAX_CONFUSED = 60  # labels: a larger matrix cannot be read
 
 
@@ -130,7 +131,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str | int | float]:
     if evaluation.split is not None:
         facts["split"] = evaluation.split
     facts |= {"rows measured": evaluation.rows, "rows skipped": evaluation.skipped}
-    facts |= {name.replace("_", " "): trained[name] for name in ("train_rows", "unlabelled_rows") if name in trained}
+    facts |= {name.replace("_", " "): trained[name] for name in TRAINED_ON if trained.get(name)}
     if evaluation.info.labels:
         facts["labels"] = len(evaluation.info.labels)
     encoders = {"image": model.image_encoder, "text": model.text_encoder}
@@ -138,7 +139,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str | int | float]:
     alpha = getattr(model.fusion, "alpha", None)
     facts["fusion"] = model.fusion.kind.replace("_", " ") + (f", alpha {alpha}" if alpha else "")
     facts["loss"] = str(getattr(config.task, "loss", "binary cross-entropy")).replace("_", " ")
-    if config.task.kind != "regression" and config.task.calibrate:
+    if getattr(config.task, "calibrate", False):
         facts["temperature"] = trained["validation"]["temperature"]
     return facts
 

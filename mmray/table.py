@@ -49,10 +49,14 @@ class Reason(StrEnum):
     BAD_FORMAT = "BAD_FORMAT", "The bytes are of no supported image format."
     TRUNCATED = "TRUNCATED", "The image ends before its data does."
     DECODE_ERROR = "DECODE_ERROR", "The decoder refused the bytes."
+    DECODE_CRASH = "DECODE_CRASH", "Preparing the row kills the process that does it."
+    DECODE_TIMEOUT = "DECODE_TIMEOUT", "Preparing the row does not come to an end."
+    DECODE_OOM = "DECODE_OOM", "Preparing the row takes more memory than any image that is allowed can need."
     TEXT_NULL = "TEXT_NULL", "The text cell is null."
     TEXT_EMPTY = "TEXT_EMPTY", "The text holds no token: empty, or nothing but white space."
     TEXT_INVALID = "TEXT_INVALID", "The text cell is not valid UTF-8."
     NONFINITE_OUTPUT = "NONFINITE_OUTPUT", "The model gave NaN or infinity."
+    MODEL_CRASH = "MODEL_CRASH", "Running the model on the row kills the process that does it, or does not end."
 
 
 class Fault(NamedTuple):
@@ -86,6 +90,13 @@ def output_fields(task: str, *, probabilities: bool, modalities: Sequence[str]) 
         pa.field("reason_detail", pa.string()),
     ]
     return fields
+
+
+def append_columns(table: pa.Table, more: pa.Table) -> pa.Table:
+    """Returns a table with the columns of another one of as many rows appended."""
+    for field in more.schema:
+        table = table.append_column(field, more[field.name])
+    return table
 
 
 def require_columns(schema: pa.Schema, names: Sequence[str], where: str) -> None:

@@ -24,13 +24,14 @@ from mmray.metrics import PRIMARY
 from mmray.store import open_store
 from mmray.train.data import check_label_column, open_tables
 from mmray.train.job import OnEpoch, TrainResult, check_gpu_request, progress_queue, train_model
+from mmray.train.task import with_task
 
 REDUCTION = 3  # of the trials at a rung, one in so many goes on (eta in Li et al. 2020)
 RUNGS = 2  # below the last epoch: a ninth of the epochs tells something, less is noise
 LOSS = "validation_loss"
 Trial = dict[str, Any]
-"""`trial` (its number), `settings` by key, `epochs` done and `of` how many, `best` (the history's entry), `history`,
-`bundle`; or `diverged`, a message, in place of what follows the settings."""
+"""`trial` (its number), `settings` by key, `epochs` done and `of` how many, `best` (the history's entry), `metric`
+(the name of the main one), `history`, `bundle`; or `diverged`, a message, in place of what follows the settings."""
 
 
 def tune(
@@ -63,7 +64,8 @@ def tune(
     knobs = chosen(config, knobs)
     settings = sampled(config, knobs, trials)
     configs = [variant(config, number, settings[number]) for number in range(trials)]
-    check_label_column(config, open_tables(config).train)
+    table = open_tables(config).train
+    check_label_column(with_task(config, table), table)
     check_gpu_request(config)
     done = {number: train_model(configs[number]) for number in range(trials) if _has_bundle(configs[number])}
     found = [_trial(number, settings[number], result) for number, result in done.items()]
@@ -82,7 +84,8 @@ def tune(
                 on_trial(found[-1])
     if all("diverged" in trial for trial in found):
         raise DivergenceError(f"every trial diverged; the first: {found[0]['diverged']}")
-    return {"metric": PRIMARY[config.task.kind], "knobs": list(knobs), "trials": sorted(found, key=_order)}
+    ordered = sorted(found, key=_order)
+    return {"metric": ordered[0]["metric"], "knobs": list(knobs), "trials": ordered}
 
 
 def variant(config: Config, number: int, settings: Mapping[str, Any]) -> Config:
@@ -141,8 +144,9 @@ def _trial(number: int, settings: Mapping[str, Any], result: TrainResult | str) 
         return {**trial, "diverged": result}
     if not math.isfinite(result.best[LOSS]):
         return {**trial, "diverged": f"its {LOSS} is {result.best[LOSS]}"}
-    of = read_info(result.bundle).config.train.epochs
-    done = {"epochs": len(result.history), "of": of, "best": result.best}
+    settled = read_info(result.bundle).config  # the task and the number of epochs may have been left open
+    done = {"epochs": len(result.history), "of": settled.train.epochs, "best": result.best}
+    done["metric"] = PRIMARY[settled.task.kind]
     return {**trial, **done, "history": result.history, "bundle": result.bundle}
 
 

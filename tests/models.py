@@ -32,11 +32,13 @@ def small_config(**sections: Any) -> Config:
     """A configuration with a tiny model; sections are merged over it."""
     raw: dict[str, Any] = {
         "table": {"train": "rows"},
+        "task": {"kind": "multiclass"},
         "image": {"size": 16},
         "text": {"max_tokens": 8, "ngram_buckets": 50, "max_ngrams": 20},
         "model": {
             "width": 16,
             "dropout": 0.1,
+            "modality_dropout": 0.0,
             "image_encoder": {"kind": "cnn", "channels": [4, 8]},
             "text_encoder": {"kind": "lstm", "embedding_dim": 8, "hidden_dim": 8},
         },

@@ -94,7 +94,7 @@ def test_what_is_no_bundle_is_refused_in_words(saved: Path, tmp_path: Path) -> N
         read_info(str(tmp_path / "nothing"))
     manifest = json.loads((saved / "bundle.json").read_text())
     (saved / "bundle.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(BundleError, match="format 99; this mmray reads format 1"):
+    with pytest.raises(BundleError, match="format 99; this mmray reads format 2"):
         read_info(str(saved))
     (saved / "bundle.json").write_text("[" * 100_000)
     with pytest.raises(BundleError, match="damaged"):

@@ -68,7 +68,8 @@ def test_a_training_table_without_what_it_needs_is_refused_at_once(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error(table: str) -> str:
-        return fails(capsys, ["train", write_config(tmp_path, f"[table]\n{table}\n")])
+        toml = f'[table]\n{table}\n[task]\nkind = "multiclass"\n'
+        return fails(capsys, ["train", write_config(tmp_path, toml)])
 
     assert "no such table" in error('train = "nowhere"')
     assert "did you mean 'label'?" in error(f'train = "{rows}"\nlabel_column = "labl"')

@@ -75,6 +75,8 @@ def test_what_is_trained_scores(ray_cluster: None, rows: Path, tmp_path: Path, n
     loaded = load_bundle(result.bundle)
     assert loaded.golden is not None
     assert loaded.golden.num_rows == 10
+    assert loaded.metrics["train_rows"] + loaded.metrics["validation_rows"] == 240
+    assert loaded.metrics["unlabelled_rows"] == loaded.metrics["unlabelled_validation_rows"] == 0
     ledger = score_in_process(result.bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
     assert ledger.statuses == {"ok": 240}
     assert verify_output(str(tmp_path / "out"), 2).passed
@@ -126,6 +128,15 @@ def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path
         train_model(run_config(tmp_path / "t.parquet", tmp_path, "x"))
     with pytest.raises(TableError, match="has no labelled row"):
         train_model(run_config(tmp_path / "t.parquet", tmp_path, "y", table={"label_column": "none"}))
+    few = pa.array([None if k % 10 < 6 else "xy"[k % 2] for k in range(table.num_rows)])
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", few), tmp_path / "few.parquet")
+    held_out = {"validation": str(rows), "image_roots": [str(rows)]}
+    with pytest.raises(
+        TableError, match=r"72 of 120 training rows have no label, more than table\.max_unlabelled = 0\.5"
+    ):
+        train_model(run_config(tmp_path / "few.parquet", tmp_path, "few", table=held_out))
+    with pytest.raises(TableError, match="240 of 240 validation rows have no label that training rows have"):
+        train_model(run_config(tmp_path / "few.parquet", tmp_path, "other", table={**held_out, "max_unlabelled": 0.7}))
     regression = {"table": {"label_column": "text"}, "task": {"kind": "regression"}}
     with pytest.raises(TableError, match="a regression needs finite numbers"):
         train_model(run_config(rows, tmp_path, "z", **regression))

@@ -1,10 +1,12 @@
 """What training does to rows before a step: augmentation, words withheld, frozen networks run once, how many epochs."""
 
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mmray.errors import ConfigError
 from mmray.model import FusionModel
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
+from mmray.slices import open_table
 from mmray.source import ImageSource
 from mmray.train.augment import augment
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -23,6 +26,7 @@ from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
 from mmray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from mmray.train.steps import TrainingLoss, to_tensors
+from mmray.train.task import with_task, with_two_labels
 
 FROZEN = {"kind": "efficientnet_lite0", "weights": "package", "freeze": True}
 
@@ -117,6 +121,33 @@ def test_without_augmentation_the_rows_stay_as_they_are() -> None:
 def test_a_small_table_is_read_more_often_than_a_large_one(rows: int, epochs: int) -> None:
     assert with_epochs(small_config(), rows).train.epochs == epochs
     assert with_epochs(small_config(train={"epochs": 3}), rows).train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "task"),
+    [
+        (["a", "b", None, "c"], "multiclass"),
+        ([["a"], [], ["a", "b"]], "multilabel"),
+        ([1.5, 2.0, None], "regression"),
+        ([1.0, 2.0, None], "multiclass"),  # whole numbers, as pandas writes them where one is missing
+        ([Decimal("1.5"), Decimal("2.5")], "regression"),
+        (list(range(50)), "multiclass"),
+        (list(range(51)), "regression"),
+        ([True, False], "multiclass"),
+    ],
+)
+def test_the_label_column_says_which_task_it_is_where_that_is_left_open(
+    labels: list[Any], task: str, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"label": labels}), tmp_path / "rows.parquet")
+    table = open_table(str(tmp_path / "rows.parquet"))
+    given = small_config(task={"kind": "auto"})
+    settled = with_task(given, table)
+    assert settled.task.kind == task
+    two = with_two_labels(settled, given, {"a": 3, "b": 4})
+    assert two.task.kind == ("binary" if task == "multiclass" else task)
+    named = small_config(task={"kind": "binary"})
+    assert with_two_labels(with_task(named, table), named, {"a": 3, "b": 4}) == named
 
 
 def test_a_network_that_knows_nothing_cannot_be_frozen() -> None:

@@ -12,6 +12,7 @@ from models import colour_table, small_bundle, small_config
 from mmray.bundle import load_bundle, save_bundle
 from mmray.cli import main
 from mmray.config import Config
+from mmray.config_file import load_config
 from mmray.errors import ConfigError
 from mmray.knobs import KNOBS, USUAL, chosen, sampled
 from mmray.train.job import train_model
@@ -39,9 +40,10 @@ def finish(config: Config, number: int, settings: dict[str, Any], *losses: float
 def test_the_configuration_comes_first_and_the_trials_before_do_not_change_with_their_number() -> None:
     config = small_config()
     few, many = sampled(config, USUAL, 3), sampled(config, USUAL, 12)
+    train = config.train
     assert few[0] == {
-        "train.learning_rate": 2e-3, "train.weight_decay": 0.05, "model.dropout": 0.1, "train.word_dropout": 0.2,
-        "train.auxiliary_weight": 0.3,
+        "train.learning_rate": train.learning_rate, "train.weight_decay": train.weight_decay, "model.dropout": 0.1,
+        "train.word_dropout": train.word_dropout, "train.auxiliary_weight": train.auxiliary_weight,
     }  # fmt: skip
     assert many[:3] == few
     assert len({json.dumps(settings) for settings in many}) == 12
@@ -99,8 +101,10 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "run.toml"
-    recipe.write_text(f'[table]\ntrain = "{rows}"\n[train]\nstorage = "{tmp_path}"\nepochs = 3\n')
-    config = Config.model_validate({"table": {"train": str(rows)}, "train": {"storage": str(tmp_path), "epochs": 3}})
+    recipe.write_text(
+        f'[table]\ntrain = "{rows}"\n[train]\nstorage = "{tmp_path}"\nepochs = 3\n[task]\nkind = "multiclass"\n'
+    )
+    config = load_config(str(recipe))
     settings = sampled(config, ["dropout", "width"], 4)
     for number, losses in enumerate([(0.7, 0.5, 0.6), (0.6, 0.25, 0.3), (math.nan,), (0.8,)]):
         finish(config, number, settings[number], *losses)
@@ -113,7 +117,7 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
     assert [line.split() for line in said.out.splitlines()] == [
         ["trial", "validation_loss", "accuracy", "epochs", "dropout", "width"],
         ["1", "0.2500", "0.7500", "3/3", str(dropout), str(width)],
-        ["0", "0.5000", "0.5000", "3/3", "0.3", "128"],
+        ["0", "0.5000", "0.5000", "3/3", *map(str, settings[0].values())],
         ["3", "0.8000", "0.2000", "1/3", *map(str, settings[3].values())],
         ["2", "diverged", "-", "-", *map(str, settings[2].values())],
         ["best:", "trial", "1,", "--set", f"model.dropout={dropout}", "--set", f"model.width={width}"],

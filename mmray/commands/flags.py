@@ -23,7 +23,7 @@ def add_placement(parser: Any) -> None:
     add_columns(parser)
     parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per CPU, or per GPU)")
     parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
-    parser.add_argument("--node-label", action="append", metavar="KEY=VALUE", help="run on such nodes only; repeatable")
+    parser.add_argument("--node-label", action="append", metavar="K=V", help="run on such nodes only; repeatable")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32)")
     parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
@@ -37,13 +37,19 @@ def add_score_options(parser: Any) -> None:
     parser.add_argument("--min-actors", type=int, metavar="N", help="begin with so few and grow (default: all at once)")
     parser.add_argument("--placement", choices=["auto", "cluster", "local"], help="who decodes (default: auto)")
     parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
+    parser.add_argument("--stuck-after", type=float, metavar="S", help="seconds until a hang is one (default: 600)")
     parser.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")
 
 
 def score_config(args: argparse.Namespace) -> ScoreConfig:
     """Returns how a table is scored, of the flags of `add_score_options`."""
     labels = dict(_pair(text) for text in vars(args).get("node_label") or ())
-    fields = {"image_root": "image_roots", "actors": "num_actors", "gpus": "gpus_per_actor"}
+    fields = {
+        "image_root": "image_roots",
+        "actors": "num_actors",
+        "gpus": "gpus_per_actor",
+        "stuck_after": "stuck_after_s",
+    }
     return settings(ScoreConfig, args, fields, node_labels=labels)
 
 

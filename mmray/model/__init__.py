@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmray.config import Config
+from mmray.config import AutoTaskConfig, Config
 from mmray.model.encoders import ENCODERS
 from mmray.model.fusion import WeightedSum, build_fusion
 from mmray.model.heads import build_head
@@ -33,6 +33,7 @@ class FusionModel(nn.Module):
         target_std: float = 1.0,
     ) -> None:
         super().__init__()
+        assert not isinstance(config.task, AutoTaskConfig), "the task is settled before there is a model"
         model, self.modalities = config.model, config.table.modalities
         self._modality_dropout = model.modality_dropout
         encoders = {name: ENCODERS[name](config, words) for name in self.modalities}

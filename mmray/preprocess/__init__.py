@@ -32,6 +32,22 @@ class Features:
     faults: dict[str, list[Fault | None]]
     """Modality -> B entries; a fault exactly where the modality is not present."""
 
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(next(iter(self.present.values())))
+
+    def split(self, size: int) -> list["Features"]:
+        """Returns the same rows, at most `size` at a time."""
+        return [self._part(slice(k, k + size)) for k in range(0, self.num_rows, size)]
+
+    def _part(self, rows: slice) -> "Features":
+        return Features(
+            {name: array[rows] for name, array in self.arrays.items()},
+            {name: mask[rows] for name, mask in self.present.items()},
+            {name: faults[rows] for name, faults in self.faults.items()},
+        )
+
     @classmethod
     def concatenate(cls, parts: Sequence["Features"]) -> "Features":
         """Joins rows that were preprocessed apart; ids are padded to the longest text."""
@@ -83,12 +99,19 @@ class Preprocessor:
         self._encoders = {"image": self._images, "text": self._texts}
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> Features:
-        """Preprocesses B rows; `columns` maps each modality of the configuration to B cells."""
+        """Preprocesses B rows; `columns` maps each modality of the configuration to B cells.
+
+        A cell may be a `Fault`: why it cannot be used is known already.
+        """
         arrays: dict[str, NDArray[np.generic]] = {}
         faults: dict[str, list[Fault | None]] = {}
         for name in self._config.table.modalities:
-            encoded, faults[name] = self._encoders[name](columns[name])
+            known = [cell if isinstance(cell, Fault) else None for cell in columns[name]]
+            encoded, found = self._encoders[name](
+                [None if bad else c for c, bad in zip(columns[name], known, strict=True)]
+            )
             arrays.update(encoded)
+            faults[name] = [bad or new for bad, new in zip(known, found, strict=True)]
         present = {name: np.asarray([fault is None for fault in found], bool) for name, found in faults.items()}
         return Features(arrays, present, faults)
 

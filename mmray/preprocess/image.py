@@ -41,7 +41,11 @@ def prepare_decoders() -> None:
 
 
 def decode_image(data: bytes, config: ImageConfig) -> NDArray[np.uint8] | Fault:
-    """Decodes an image to uint8 [S, S, 3] RGB, S = `config.size`, or says why it cannot be."""
+    """Decodes an image to uint8 [S, S, 3] RGB, S = `config.size`, or says why it cannot be.
+
+    Raises:
+        MemoryError: there was none left, which says nothing about the image.
+    """
     header = read_header(data)
     refused = _refuse(data, header, config)
     if refused is not None:
@@ -58,6 +62,8 @@ def decode_image(data: bytes, config: ImageConfig) -> NDArray[np.uint8] | Fault:
         )
         return np.asarray(square, np.uint8)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(f"no memory to decode {header.width} x {header.height} pixels") from None
         return fault(Reason.DECODE_ERROR, f"the {header.format} decoder failed: {error.err}")
 
 

@@ -5,19 +5,23 @@ Its log lines are JSON, one a slice, in the log of its Ray worker: `event`, `run
 
 import json
 import logging
+import os
 import sys
 import time
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
+import torch
 
 from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
-from mmray.score.worker import SliceScorer
+from mmray.score.watchdog import Watchdog
+from mmray.score.worker import Scored, SliceScorer
 from mmray.slices import Slice
 from mmray.table import Status
 
@@ -43,14 +47,15 @@ class ScoringActor(SliceScorer):
             self._meters.restarted()
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
         arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
-        super().__init__(*arguments, carry=carry, on_stage=self._meters.stage, feed_of=feed_of)
+        self._watchdog = Watchdog(options.stuck_after_s)
+        super().__init__(*arguments, carry=carry, on_stage=self._stage, feed_of=feed_of)
         node = ray.get_runtime_context().get_node_id()
         self._event("ready", node=node, fingerprint=self._predictor.bundle.fingerprint)
 
     def score(self, piece: Slice) -> Receipt:
         """Scores, commits, counts and logs one slice."""
         started = time.perf_counter()
-        with self._meters.slice():
+        with self._meters.slice(), self._watchdog.watching():
             try:
                 receipt = super().score(piece)
             except Exception as error:
@@ -61,6 +66,22 @@ class ScoringActor(SliceScorer):
         seconds = round(time.perf_counter() - started, 3)
         self._event("slice committed", slice=piece.index, created=receipt.created, seconds=seconds, **counts)
         return receipt
+
+    def _score_here(self, piece: Slice, rows: pa.Table) -> Scored:
+        try:
+            return super()._score_here(piece, rows)
+        except torch.AcceleratorError as error:  # a GPU that failed once answers this process no more
+            self._event("process ends", slice=piece.index, error=str(error))
+            os._exit(1)
+
+    def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
+        self._event("slice apart", slice=piece.index)
+        with self._watchdog.paused():  # its child is watched by itself
+            return super()._score_apart(piece, rows)
+
+    def _stage(self, stage: str, seconds: float) -> None:
+        self._meters.stage(stage, seconds)
+        self._watchdog.progress()
 
     def _event(self, event: str, **fields: Any) -> None:
         _log.info(json.dumps({"event": event, "run": self._run, "time": round(time.time(), 3), **fields}))

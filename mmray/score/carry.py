@@ -5,7 +5,7 @@ row whose key, image cell and text are those of a row scored before takes over w
 A path stands for its image: who writes another image under an old path scores the table in full.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +19,12 @@ from mmray.predictor import Predictor
 from mmray.slices import Slice
 from mmray.source import bytes_or_path
 from mmray.store import open_parent
-from mmray.table import Status, cells, require_columns
+from mmray.table import Status, append_columns, cells, require_columns
 
 MAX_FILES = 4  # looked into for one slice, which bounds memory; keys in no order at all would lead to every file
 THREADS = 16
 Row = tuple[Any, ...]
+Score = Callable[[pa.Table], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,14 @@ class Carry:
             found = pool.map(lambda file: _with_bounds(file, key), files)
             return cls(key, tuple(file for file in found if file is not None), only_ok)
 
-    def score(self, piece: Slice, rows: pa.Table, predictor: Predictor) -> tuple[pa.Table, int]:
+    def score(self, piece: Slice, rows: pa.Table, predictor: Predictor, score: Score) -> tuple[pa.Table, int]:
         """Returns the rows with the columns that scoring appends, as `Predictor.score` does, and how many were there.
+
+        Args:
+            piece: which slice it is.
+            rows: its rows.
+            predictor: names the columns.
+            score: scores the rows that were not there, as `Predictor.score` does.
 
         Raises:
             TableError: the rows have no such key, or one that cannot tell them apart.
@@ -72,13 +79,11 @@ class Carry:
         index = {row: k for k, row in enumerate(_rows(before, columns))}
         places = [index.get(row) for row in _rows(rows, columns)]
         new = [k for k, place in enumerate(places) if place is None]
-        scored = predictor.score(rows.take(pa.array(new, pa.int64()))).select(names)
+        scored = score(rows.take(pa.array(new, pa.int64()))).select(names)
         number = iter(range(before.num_rows, before.num_rows + len(new)))
         order = [next(number) if place is None else place for place in places]
         both = pa.concat_tables([before.select(names).cast(scored.schema), scored]).take(pa.array(order, pa.int64()))
-        for field in scored.schema:
-            rows = rows.append_column(field, both[field.name])
-        return rows, rows.num_rows - len(new)
+        return append_columns(rows, both), rows.num_rows - len(new)
 
     def _before(self, piece: Slice, keys: pa.ChunkedArray, columns: Sequence[str], names: Sequence[str]) -> pa.Table:
         """Returns the rows of the files that most likely hold some keys: first those of the same file and place."""

@@ -3,6 +3,7 @@
     OUTPUT/_mmray/run.json                      which run the folder belongs to
     OUTPUT/_mmray/plan-<hash8>.parquet          its slices
     OUTPUT/data/part-<slice>-<hash8>.parquet    one scored slice: its creation is its commit
+    OUTPUT/_mmray/attempts/                     slices that are being scored, or that a process died at
     OUTPUT/_mmray/manifest-<sha8>.parquet       every slice with its size and ledger
     OUTPUT/_SUCCESS                             the run is complete: the manifest's sha256 and the totals
 
@@ -43,6 +44,8 @@ class Receipt:
     ledger: Ledger
     created: bool = False
     """Whether this call wrote it; otherwise it was there."""
+    deaths: int = 0
+    """Processes that had died at it."""
 
 
 def part_key(plan_hash: str, index: int) -> str:

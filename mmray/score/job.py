@@ -5,11 +5,12 @@ that are not there yet, in O(slices).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.options import ScoreConfig
+from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
 from mmray.score.commit import Output, Receipt
 from mmray.score.ledger import Ledger
@@ -18,6 +19,7 @@ from mmray.slices import Slice
 from mmray.store import open_store
 from mmray.table import Status
 
+MAX_DEATHS = 100  # of processes in one run, or a quarter of its slices, whichever is more: some rows kill, not most
 Progress = Callable[[Ledger], None]
 """Called with the ledger of each slice as it is committed."""
 
@@ -105,6 +107,7 @@ def score_plan(
             times.append((time.perf_counter(), receipt.ledger.rows))
             on_slice(receipt.ledger)
     receipts += [target.receipt(plan.hash, piece) for piece in plan.slices if piece.index in done]
+    Attempts(target.store).clear()
     ledger = target.finalize(plan, receipts, options.max_error_rate)
     return ScoreResult(output, ledger, len(plan.slices), len(todo), time.perf_counter() - started, _steady_rate(times))
 
@@ -121,12 +124,32 @@ def _run(
     with cluster(cpus_for(options)):
         arguments = (bundle, output, plan.hash, plan.image_roots, carry)
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
+        allowed, name = max(MAX_DEATHS, len(todo) // 4), f"mmray score {plan.hash[:8]}"
+        before = Attempts(open_store(output)).left()
         try:
-            for row in map_slices(todo, ScoringActor, arguments, options, f"mmray score {plan.hash[:8]}"):
+            rows = map_slices(todo, ScoringActor, arguments, options, name, max_retries=allowed)
+            for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
                 meters.slice_done()
-                yield receipt_from_row(row)
+                yield receipt
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
+
+
+def while_few_die(receipts: Iterable[Receipt], allowed: int) -> Iterator[Receipt]:
+    """Yields receipts of slices, as long as no more processes have died at them than allowed.
+
+    Raises:
+        EnvironmentFaultError: more have.
+    """
+    deaths = 0
+    for receipt in receipts:
+        yield receipt
+        deaths += receipt.deaths
+        if deaths > allowed:
+            raise EnvironmentFaultError(
+                f"processes died {deaths} times at slices, which is more than rows that kill explain; see the logs of "
+                "Ray's workers; what is done is kept, the same command continues"
+            )
 
 
 def _steady_rate(times: list[tuple[float, int]]) -> float | None:

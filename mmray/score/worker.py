@@ -4,21 +4,34 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 """
 
 import json
+import logging
+import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from mmray import __version__
 from mmray.bundle import Bundle, load_bundle
+from mmray.errors import EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
-from mmray.score.carry import Carry
+from mmray.score.attempts import Attempts
+from mmray.score.carry import Carry, Score
 from mmray.score.commit import Output, Receipt
+from mmray.score.isolate import Isolation
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
 from mmray.source import ImageSource
+from mmray.table import Reason
+
+MANY_ROWS = 16  # that are not finite: fewer may be the fate of a small slice
+Scored = tuple[pa.Table, int]
+"""The rows with the columns that scoring appends, and how many of them were not scored now."""
+_log = logging.getLogger(__name__)
 
 
 class SliceScorer:
@@ -56,35 +69,77 @@ class SliceScorer:
         feed = feed_of(bundle) if feed_of else None
         self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=on_stage)
         self._output, self._plan_hash = Output(output_uri), plan_hash
+        self._attempts = Attempts(self._output.store)
         self._carry, self._on_stage = carry, on_stage
+        self._isolation = Isolation(self._predictor, bundle_uri, image_roots, on_stage)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         receipts = [self.score(piece) for piece in slices_from_arrow(rows)]
         return pa.Table.from_pylist([receipt_to_row(receipt) for receipt in receipts])
 
     def score(self, piece: Slice) -> Receipt:
-        """Scores and commits one slice."""
-        rows = timed(self._on_stage, "read", read_slice, piece)
+        """Scores and commits one slice: in this process, or apart from it where another died at it.
+
+        Raises:
+            EnvironmentFaultError: the machine or the store failed, which no row is blamed for.
+        """
+        with self._attempts.begin(piece) as deaths:
+            rows = timed(self._on_stage, "read", read_slice, piece)
+            scored, carried = self._score_apart(piece, rows) if deaths else self._score_here(piece, rows)
+            _refuse_nonfinite(piece, scored)
+            ledger = Ledger.of(scored, self._predictor.bundle.score_range, carried)
+            provenance = {
+                "fingerprint": self._predictor.bundle.fingerprint,
+                "precision": self._predictor.precision,
+                "mmray_version": __version__,
+            }
+            commit = partial(self._output.commit, self._plan_hash, piece)
+            receipt = timed(self._on_stage, "commit", commit, scored, ledger, provenance)
+            return replace(receipt, deaths=deaths)
+
+    def _score_here(self, piece: Slice, rows: pa.Table) -> Scored:
+        try:
+            return self._scored(piece, rows, self._predictor.score)
+        except (MmrayError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # it cost no process, but may well be some row's
+            where = "".join(traceback.format_tb(error.__traceback__))
+            _log.warning("slice %d is scored apart after %s:\n%s", piece.index, type(error).__name__, where)
+            return self._score_apart(piece, rows)
+
+    def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
+        with self._isolation as isolation:
+            return self._scored(piece, rows, isolation.score)
+
+    def _scored(self, piece: Slice, rows: pa.Table, score: Score) -> Scored:
         if self._carry is None:
-            scored, carried = self._predictor.score(rows), 0
-        else:
-            scored, carried = self._carry.score(piece, rows, self._predictor)
-        ledger = Ledger.of(scored, self._predictor.bundle.score_range, carried)
-        provenance = {
-            "fingerprint": self._predictor.bundle.fingerprint,
-            "precision": self._predictor.precision,
-            "mmray_version": __version__,
-        }
-        commit = partial(self._output.commit, self._plan_hash, piece)
-        return timed(self._on_stage, "commit", commit, scored, ledger, provenance)
+            return score(rows), 0
+        return self._carry.score(piece, rows, self._predictor, score)
+
+
+def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:
+    """Raises where most rows of a slice came out as NaN or infinity.
+
+    Cells are pixels and words, which are finite, and golden rows came out right: a row or a kind of rows can be beyond
+    what the weights were trained for, but hardly most of a slice. A memory that fails or a wrong kernel spares few.
+    """
+    bad = scored["reason"].to_pylist().count(Reason.NONFINITE_OUTPUT)
+    good = scored.num_rows - scored["score"].null_count
+    if bad >= MANY_ROWS and bad > good:
+        raise EnvironmentFaultError(
+            f"the model gave NaN or infinity for {bad} of {bad + good} rows of slice {piece.index} ({piece.uri}): that "
+            "is the machine and not the rows; run again elsewhere"
+        )
 
 
 def receipt_to_row(receipt: Receipt) -> dict[str, Any]:
     """Returns a receipt as a row that Ray Data can carry."""
     ledger = json.dumps(receipt.ledger.to_dict())
-    return {"slice": receipt.slice, "key": receipt.key, "size": receipt.size, "ledger": ledger}
+    fields = {"slice": receipt.slice, "key": receipt.key, "size": receipt.size, "deaths": receipt.deaths}
+    return {**fields, "ledger": ledger}
 
 
 def receipt_from_row(row: dict[str, Any]) -> Receipt:
     """Reads what `receipt_to_row` wrote."""
-    return Receipt(row["slice"], row["key"], row["size"], Ledger.from_dict(json.loads(row["ledger"])))
+    ledger = Ledger.from_dict(json.loads(row["ledger"]))
+    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])

@@ -55,6 +55,9 @@ class Survey:
 
     rows: int
     unlabelled: int
+    """Further training rows, which have no label."""
+    held_out: int
+    """Rows of the validation split, labelled or not."""
     labels: Mapping[str, int]
     """Label -> rows (for multilabel, rows that carry it); empty for regression."""
     words: Mapping[str, int]
@@ -85,7 +88,7 @@ def survey(tables: Tables, config: Config) -> Survey:
     """Counts labels and words of the training rows.
 
     Raises:
-        TableError: no row is for training, or a label cannot be read.
+        TableError: no row is for training, too few have a label, or a label cannot be read.
     """
     counted = _map(cut(tables.train), _survey_slice, config, tables.validation is not None)
     parts = [json.loads(row["counts"]) for row in counted.iter_rows()]
@@ -98,10 +101,28 @@ def survey(tables: Tables, config: Config) -> Survey:
         raise TableError(
             f"{tables.train.uri} has no labelled row for training; check table.label_column and table.split_column"
         )
+    unlabelled = sum(part["unlabelled"] for part in parts)
+    check_labelled(unlabelled, rows + unlabelled, "training", "no label", config.table)
     mean, deviation = _mean_and_deviation([part["moments"] for part in parts])
     if config.task.kind == "regression" and deviation == 0:
         raise TableError(f"the label column {config.table.label_column!r} is constant; there is nothing to learn")
-    return Survey(rows, sum(part["unlabelled"] for part in parts), labels, words, mean, deviation or 1.0)
+    held_out = sum(part["held_out"] for part in parts)
+    if tables.validation is not None:
+        held_out = tables.validation.num_rows
+    return Survey(rows, unlabelled, held_out, labels, words, mean, deviation or 1.0)
+
+
+def check_labelled(unusable: int, rows: int, which: str, what: str, config: TableConfig) -> None:
+    """Refuses a table of which too many rows are of no use.
+
+    Raises:
+        TableError: their share is above `table.max_unlabelled`.
+    """
+    if unusable > config.max_unlabelled * rows:
+        raise TableError(
+            f"{unusable:,} of {rows:,} {which} rows have {what}, more than table.max_unlabelled = "
+            f"{config.max_unlabelled:g} allows; check table.label_column = {config.label_column!r}, or raise it"
+        )
 
 
 def _mean_and_deviation(moments: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
@@ -168,7 +189,11 @@ def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Da
 def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     (piece,) = slices_from_arrow(rows)
     columns = config.table
-    table, _ = _rows_of(piece, config, None if separate else "train")
+    table, held_out = _rows_of(piece, config, None if separate else "train")[0], 0
+    if columns.split_column is not None:
+        held_out = read_slice(piece, [columns.split_column])[columns.split_column].to_pylist().count("validation")
+    elif not separate:
+        held_out = piece.num_rows - table.num_rows
     values = table.filter(_is_labelled(table, config, None))[columns.label_column].to_pylist()
     words: Counter[str] = Counter()
     if columns.text_column is not None:
@@ -180,6 +205,7 @@ def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     counts = {
         "rows": len(values),
         "unlabelled": table.num_rows - len(values),
+        "held_out": held_out,
         "labels": {} if config.task.kind == "regression" else Counter(names),
         "words": words,
         "moments": [len(numbers), mean, float(((numbers - mean) ** 2).sum())],

@@ -38,6 +38,7 @@ from mmray.train.data import (
     Survey,
     Tables,
     check_label_column,
+    check_labelled,
     open_tables,
     preprocess_rows,
     row_bytes,
@@ -47,6 +48,7 @@ from mmray.train.data import (
 from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
+from mmray.train.task import with_task, with_two_labels
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 OnEpoch = Callable[[dict[str, Any]], None]
@@ -79,10 +81,11 @@ def train_model(
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
     """
-    tables = open_tables(config)
+    given, tables = config, open_tables(config)
+    config = with_task(given, tables.train)
     check_label_column(config, tables.train)
     check_gpu_request(config)
-    folder = _claim_run(config, tables)
+    folder = _claim_run(given, tables)
     bundle_uri = f"{folder}/bundle"
     if open_store(bundle_uri).stat("bundle.json"):
         history = read_info(bundle_uri).metrics["history"]
@@ -92,16 +95,16 @@ def train_model(
     with cluster(max(config.train.max_workers, local_cpus())):
         try:
             counts = survey(tables, config)
-            config = with_epochs(config, counts.rows)
+            config = with_two_labels(with_epochs(config, counts.rows), given, counts.labels)
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
-            _fit(config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
+            measured = _fit(config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
     state = latest_checkpoint(folder)
     assert state is not None, "a fitted run has a checkpoint"
-    save_bundle(_make_bundle(config, tables, counts, labels, words, state), bundle_uri)
+    save_bundle(_make_bundle(config, tables, counts, labels, words, state, measured), bundle_uri)
     before = len(finished.history) if finished else 0
     return TrainResult(bundle_uri, state.history, state.history[best_epoch(state.history)], len(state.history) - before)
 
@@ -115,7 +118,8 @@ def _fit(
     folder: str,
     on_epoch: OnEpoch,
     cutoffs: Mapping[int, float],
-) -> None:
+) -> int:
+    """Trains, and returns the number of validation rows."""
     train = config.train
     frozen = has_frozen_images(config)
     bytes_each = row_bytes(config, len(labels), feature_bytes(config) if frozen else None)
@@ -125,7 +129,10 @@ def _fit(
     if frozen and cached:
         rows = {split: with_features(rows[split], split, config) for split in rows}
     validation = rows["validation"].materialize()
-    if not validation.count():
+    measured = int(validation.count())
+    unusable = counts.held_out - measured
+    check_labelled(unusable, counts.held_out, "validation", "no label that training rows have", config.table)
+    if not measured:
         raise TableError(
             "no labelled row is left for validation; raise table.validation_fraction or give table.validation"
         )
@@ -161,6 +168,7 @@ def _fit(
         )
         with _ctrl_c_is_an_interruption():
             trainer.fit()
+    return measured
 
 
 @contextmanager
@@ -267,6 +275,7 @@ def _make_bundle(
     labels: Sequence[str],
     words: Vocabulary | None,
     state: Checkpoint,
+    validation_rows: int,
 ) -> Bundle:
     regression = config.task.kind == "regression"
     spread = 3 * counts.target_std
@@ -282,6 +291,8 @@ def _make_bundle(
             "history": state.history,
             "train_rows": counts.rows,
             "unlabelled_rows": counts.unlabelled,
+            "validation_rows": validation_rows,
+            "unlabelled_validation_rows": counts.held_out - validation_rows,
         },
         score_range=(counts.target_mean - spread, counts.target_mean + spread) if regression else (0.0, 1.0),
     )

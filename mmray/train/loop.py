@@ -139,7 +139,7 @@ def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str,
 
 def _calibration(config: Config, logits: Tensor, targets: Tensor) -> dict[str, float]:
     """Returns the temperature for what the epoch has learned, where one is asked for; see `mmray.train.job`."""
-    calibrate = config.task.kind != "regression" and config.task.calibrate
+    calibrate = getattr(config.task, "calibrate", False)
     return {"temperature": fit_temperature(logits, targets)} if calibrate else {}
 
 
