@@ -221,9 +221,9 @@ class ModelConfig(Section):
 
     width: int = Field(default=128, ge=1)
     """Width that each encoder's output is projected to."""
-    dropout: float = Field(default=0.5, ge=0, lt=1)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
     """Dropout before the head and on each projected embedding."""
-    modality_dropout: float = Field(default=0.3, ge=0, lt=1)
+    modality_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Chance per row and modality, in training, that it is withheld: one learned by heart must not hide the other."""
     image_encoder: ImageEncoderConfig = CnnEncoderConfig()
     """`kind = "cnn"`, `"torchvision"` or `"efficientnet_lite0"`."""
@@ -324,7 +324,7 @@ class TrainConfig(Section):
     """Weight of the loss of each modality alone, the others withheld, beside the fused loss."""
     augment: bool = True
     """Flip, shift, scale and turn training images a little."""
-    word_dropout: float = Field(default=0.5, ge=0, lt=1)
+    word_dropout: float = Field(default=0.2, ge=0, lt=1)
     """Chance of each word and character n-gram, while training, that it is withheld."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass (autocast); auto is bf16 where the hardware has it; fp16 needs a GPU."""

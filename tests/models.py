@@ -38,7 +38,6 @@ def small_config(**sections: Any) -> Config:
         "model": {
             "width": 16,
             "dropout": 0.1,
-            "modality_dropout": 0.0,
             "image_encoder": {"kind": "cnn", "channels": [4, 8]},
             "text_encoder": {"kind": "lstm", "embedding_dim": 8, "hidden_dim": 8},
         },
