@@ -148,9 +148,8 @@ def preprocess_rows(
     """
     table = tables.of(split)
     slice_rows = max(min(BLOCK_BYTES // row_bytes(config, len(labels)), max(table.num_rows // 16, 64)), 1)
-    part = None if table is tables.validation else split
     roots = table.image_roots(config.table.image_roots)
-    arguments = (config, tables.validation is not None, part, vocabulary, tuple(labels), roots)
+    arguments = (config, tables.validation is not None, split, vocabulary, tuple(labels), roots)
     return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
 
 
@@ -189,11 +188,11 @@ def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Da
 def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:
     (piece,) = slices_from_arrow(rows)
     columns = config.table
-    table, held_out = _rows_of(piece, config, None if separate else "train")[0], 0
-    if columns.split_column is not None:
-        held_out = read_slice(piece, [columns.split_column])[columns.split_column].to_pylist().count("validation")
-    elif not separate:
-        held_out = piece.num_rows - table.num_rows
+    table, splits = _rows_of(piece, config, separate)
+    held_out = 0
+    if splits is not None:
+        held_out = int(np.count_nonzero(splits == "validation"))
+        table = table.filter(pa.array(splits == "train", pa.bool_()))
     values = table.filter(_is_labelled(table, config, None))[columns.label_column].to_pylist()
     words: Counter[str] = Counter()
     if columns.text_column is not None:
@@ -217,16 +216,18 @@ def _preprocess_slice(
     rows: pa.Table,
     config: Config,
     separate: bool,
-    split: Split | None,
+    split: Split,
     vocabulary: Vocabulary | None,
     labels: Sequence[str],
     roots: Sequence[str],
 ) -> dict[str, NDArray[np.generic]]:
     prepare_decoders()
     (piece,) = slices_from_arrow(rows)
-    table, numbers = _rows_of(piece, config, None if separate else split)
-    usable = _is_labelled(table, config, labels)
-    table, numbers = table.filter(usable), numbers[usable.to_numpy(zero_copy_only=False)]
+    table, splits = _rows_of(piece, config, separate)
+    chosen = _is_labelled(table, config, labels).to_numpy(zero_copy_only=False)
+    if splits is not None:
+        chosen = chosen & (splits == split)
+    table, numbers = table.filter(pa.array(chosen)), piece.first_row + np.flatnonzero(chosen)
     values = table[config.table.label_column].to_pylist()
     source = ImageSource(roots, config.image.max_bytes)
     modal = {name: cells(table[getattr(config.table, f"{name}_column")]) for name in config.table.modalities}
@@ -238,24 +239,22 @@ def _preprocess_slice(
     return {**arrays, **present, **identity, "target": targets}
 
 
-def _rows_of(piece: Slice, config: Config, split: Split | None) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Reads the rows of a slice that belong to a split (all of them where the splits are separate tables).
+def _rows_of(piece: Slice, config: Config, separate: bool) -> tuple[pa.Table, NDArray[np.object_] | None]:
+    """Reads the rows of a slice.
 
     Returns:
-        The rows, and their numbers in the file.
+        The rows, and the split that each belongs to; no splits where these are separate tables.
     """
     columns = config.table
     wanted = [*(getattr(columns, f"{name}_column") for name in columns.modalities), columns.label_column]
-    by_column = columns.split_column if split is not None else None
-    table = read_slice(piece, [*wanted, by_column] if by_column else wanted)
-    if split is None:
-        kept = np.ones(table.num_rows, bool)
-    elif by_column:
-        kept = np.asarray([value == split for value in table[by_column].to_pylist()], bool)
-    else:
-        held_out = np.asarray([_is_held_out(key, config) for key in _split_keys(table, piece, columns)], bool)
-        kept = held_out if split == "validation" else ~held_out
-    return table.filter(pa.array(kept)), piece.first_row + np.flatnonzero(kept)
+    if separate:
+        return read_slice(piece, wanted), None
+    if columns.split_column is not None:
+        table = read_slice(piece, [*wanted, columns.split_column])
+        return table, np.asarray(table[columns.split_column].to_pylist(), object)
+    table = read_slice(piece, wanted)
+    held_out = [_is_held_out(key, config) for key in _split_keys(table, piece, columns)]
+    return table, np.asarray(["validation" if held else "train" for held in held_out], object)
 
 
 def _split_keys(table: pa.Table, piece: Slice, columns: TableConfig) -> list[str]:
