@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmray.bundle import without_weight_files
 from mmray.config import Config
 from mmray.model.encoders import ENCODERS, FEATURES, Encoder
 from mmray.model.precision import autocast, resolve_precision
@@ -26,7 +27,7 @@ def has_frozen_images(config: Config) -> bool:
 
 def feature_bytes(config: Config) -> int:
     """Returns the size of one row's features."""
-    return 4 * _encoder(config).output_dim * (2 if config.train.augment else 1)
+    return 4 * _encoder(without_weight_files(config)).output_dim * (2 if config.train.augment else 1)
 
 
 class FrozenImages:
