@@ -96,8 +96,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
     evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split, by=args.slice_by)
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump(evaluation_json(evaluation), file, indent=1)
+    _write_json(os.path.join(folder, "metrics.json"), evaluation_json(evaluation))
     write_report(folder, evaluation_report(evaluation, args.bundle))
     print(evaluation_text(evaluation))
     print(os.path.join(folder, "report.html"))

@@ -4,12 +4,16 @@ Nothing here is computed but histograms; `mmray.summary` fills them in, `mmray.r
 """
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmray.curves import ReliabilityBin
+
+if TYPE_CHECKING:  # a page is drawn without torch, which these are computed with
+    from mmray.metrics import LabelQuality
+    from mmray.mistakes import Mistake
 
 
 class Headline(TypedDict):
@@ -42,38 +46,12 @@ class Confusion(TypedDict):
     counts: list[list[int]]
 
 
-class LabelQuality(TypedDict):
-    """How well one label is told apart from all others; None where a quotient has no denominator."""
-
-    label: str
-    support: int
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    average_precision: NotRequired[float | None]
-
-
 class Group(TypedDict):
     """Rows that have something in common; no metrics where none could be predicted."""
 
     name: str
     rows: int
     metrics: Mapping[str, float | None]
-
-
-class Mistake(TypedDict):
-    """One row that was predicted wrongly."""
-
-    row: str
-    """File and number of the row in it, from 0."""
-    wrongness: float
-    label: str
-    predicted: str
-    probability: float | None
-    """Of the predicted label."""
-    text: str | None
-    thumbnail: str | None
-    """A data URI."""
 
 
 class ImageWeight(TypedDict, total=False):
@@ -107,7 +85,7 @@ class Evaluation(TypedDict):
     metrics: Mapping[str, Mapping[str, float | None]]
     """View (`image and text`, `image only`, `text only`) -> metric -> value."""
     confusion: NotRequired[Confusion]
-    per_label: NotRequired[list[LabelQuality]]
+    per_label: NotRequired[list["LabelQuality"]]
     groups: NotRequired[Mapping[str, list[Group]]]
     """By what (`modalities used`, a column) -> groups of rows."""
     roc: NotRequired[list[Curve]]
@@ -117,7 +95,7 @@ class Evaluation(TypedDict):
     reliability: NotRequired[list[ReliabilityBin]]
     scatter: NotRequired[list[tuple[float, float]]]
     """(target, prediction) of some rows of a regression."""
-    mistakes: NotRequired[list[Mistake]]
+    mistakes: NotRequired[list["Mistake"]]
     """The worst first."""
     facts: NotRequired[Mapping[str, str | int | float]]
     """What was measured, in words: data and model."""
