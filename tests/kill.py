@@ -167,7 +167,8 @@ class Loop:
                 run.kills.append((kind, parts_of(output)))
                 getattr(job, kind)(chance)
                 print(f"{time.monotonic() - started:5.0f} s: killed {run.kills[-1]}, exits {run.exits}", flush=True)
-            job.end()
+            else:
+                job.end()
             print(f"{time.monotonic() - started:5.0f} s: at the end, exits {run.exits}", flush=True)
             before = open_store(output).list()
             job.wake()
@@ -235,6 +236,7 @@ class Job:
         self._nodes.lose_head()
         self._run.exits.append(self._process.wait(LIMIT_S))
         assert self._run.exits[-1] == RESUMABLE, self._said()
+        self._nodes.stop()
         self._nodes.start()
         self._begin()
 
