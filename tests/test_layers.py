@@ -44,6 +44,7 @@ RAY = {
     "mmray/train/data.py",
     "mmray/train/rows.py",
     "mmray/train/loop.py",
+    "mmray/train/parallel.py",
     "mmray/train/job.py",
     "mmray/serve/app.py",
     "mmray/serve/meters.py",

@@ -120,6 +120,21 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
 
 
+def test_workers_with_copies_take_the_next_step_of_workers_that_share_the_weights(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    config = {"model": {"dropout": 0.0}, "task": {"kind": "multiclass"}}
+    parts = {"num_workers": 2, "shard": True, "accumulation": 2, "word_dropout": 0.0, "augment": False}
+    whole = train_model(run_config(rows, tmp_path, "run", train=parts, **config))
+    for lost in [*(tmp_path / "run" / "bundle").iterdir(), tmp_path / "run/checkpoints/epoch-000003.safetensors"]:
+        lost.unlink()
+    resumed = train_model(run_config(rows, tmp_path, "run", train={**parts, "shard": False}, **config))
+    assert resumed.trained_epochs == 1
+    assert resumed.history[:2] == whole.history[:2]
+    assert resumed.history[2] == pytest.approx(whole.history[2], rel=1e-3)
+    assert resumed.history[2]["train_loss"] != pytest.approx(whole.history[1]["train_loss"], rel=1e-2)
+
+
 def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path, tmp_path: Path) -> None:
     table = pq.read_table(rows / "part-0.parquet")
     constant = table.set_column(table.schema.get_field_index("label"), "label", pa.array(["x"] * table.num_rows))

@@ -14,10 +14,18 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mmray.model import FusionModel
 from mmray.store import open_store
 
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEEP = 2  # the latest, and the one before it
 
 
@@ -28,7 +36,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    """`<parameter number>.<name>` -> tensor."""
+    """`<parameter>/<name>` -> tensor."""
     history: list[dict[str, Any]]
     """One entry per finished epoch."""
 
@@ -40,25 +48,35 @@ class Checkpoint:
         best: Mapping[str, Tensor],
         history: list[dict[str, Any]],
     ) -> "Checkpoint":
-        """Takes the state of a model and its optimiser."""
-        state = optimizer.state_dict()["state"]
-        flat = {f"{k}.{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
-        return cls(model.state_dict(), best, flat, history)
+        """Takes the state of a model and its optimiser.
+
+        Every worker of a run has to call it, and all but the first get nothing: the model may be spread over them.
+        """
+        state: Mapping[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+        flat = {f"{k}/{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
+        return cls(weights_of(model), best, flat, history)
 
     def restore(self, model: FusionModel, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the state back."""
-        model.load_state_dict(dict(self.weights))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
+        """Puts the state back; every worker has to call it."""
+        set_model_state_dict(model, dict(self.weights), options=_WHOLE)
+        state: dict[str, dict[str, Tensor]] = {}
         for key, value in self.optimizer.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = _like(parameters[int(number)], value)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            parameter, _, name = key.rpartition("/")
+            state.setdefault(parameter, {})[name] = value
+        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
+        for parameter, entry in optimizer.state.items():
+            entry |= {name: _like(parameter, value) for name, value in entry.items()}
+
+
+def weights_of(model: FusionModel) -> dict[str, Tensor]:
+    """Returns a copy of the weights in the memory of the first worker; every worker has to call it."""
+    return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=_WHOLE).items()}
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
     # A fused optimiser walks a parameter and its moments side by side in memory: they have to lie in the same order.
-    if value.shape != parameter.shape:
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 

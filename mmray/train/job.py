@@ -217,7 +217,7 @@ def _claim_run(config: Config, tables: Tables) -> str:
     """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
     # Where a run is kept, how many processes work on it and in what parts do not change what it is.
     settings = config.model_dump(
-        mode="json", exclude={"train": {"storage", "name", "num_workers", "accumulation", "max_failures"}}
+        mode="json", exclude={"train": {"storage", "name", "num_workers", "shard", "accumulation", "max_failures"}}
     )
     files = [[f.uri, f.size, f.version] for t in (tables.train, tables.validation) if t for f in t.files]
     digest = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
