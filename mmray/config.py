@@ -337,7 +337,7 @@ class TrainConfig(Section):
     accumulation: int = Field(default=1, ge=1)
     """Parts in which a process takes its share of a batch, one after another: larger batches than memory holds."""
     shard: bool = False
-    """A worker keeps only its part of the weights and of the optimiser's state (FSDP2): for encoders that do not fit."""
+    """A worker keeps only its part of the weights and the optimiser's state (FSDP2): for encoders that do not fit."""
     use_gpu: bool = False
     """One GPU per worker (nccl); otherwise CPUs (gloo)."""
     cache_bytes: int = Field(default=4 * 2**30, ge=0)

@@ -9,7 +9,7 @@ is rewritten in place and is not used.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -52,26 +52,27 @@ class Checkpoint:
 
         Every worker of a run has to call it, and all but the first get nothing: the model may be spread over them.
         """
-        state: Mapping[str, Any] = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+        state = cast(Mapping[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {}))
         flat = {f"{k}/{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
         return cls(weights_of(model), best, flat, history)
 
     def restore(self, model: FusionModel, optimizer: torch.optim.Optimizer) -> None:
         """Puts the state back; every worker has to call it."""
         set_model_state_dict(model, dict(self.weights), options=_WHOLE)
-        state: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Any] = {}
         for key, value in self.optimizer.items():
             parameter, _, name = key.rpartition("/")
             state.setdefault(parameter, {})[name] = value
         groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
         set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
         for parameter, entry in optimizer.state.items():
-            entry |= {name: _like(parameter, value) for name, value in entry.items()}
+            entry |= {key: _like(parameter, value) for key, value in entry.items()}
 
 
 def weights_of(model: FusionModel) -> dict[str, Tensor]:
     """Returns a copy of the weights in the memory of the first worker; every worker has to call it."""
-    return {name: tensor.clone() for name, tensor in get_model_state_dict(model, options=_WHOLE).items()}
+    weights = cast(Mapping[str, Tensor], get_model_state_dict(model, options=_WHOLE))
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def _like(parameter: Tensor, value: Tensor) -> Tensor:
