@@ -9,23 +9,14 @@ is rewritten in place and is not used.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from mmray.model import FusionModel
 from mmray.store import open_store
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KEEP = 2  # the latest, and the one before it
 
 
@@ -39,47 +30,6 @@ class Checkpoint:
     """`<parameter>/<name>` -> tensor."""
     history: list[dict[str, Any]]
     """One entry per finished epoch."""
-
-    @classmethod
-    def of(
-        cls,
-        model: FusionModel,
-        optimizer: torch.optim.Optimizer,
-        best: Mapping[str, Tensor],
-        history: list[dict[str, Any]],
-    ) -> "Checkpoint":
-        """Takes the state of a model and its optimiser.
-
-        Every worker of a run has to call it, and all but the first get nothing: the model may be spread over them.
-        """
-        state = cast(Mapping[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {}))
-        flat = {f"{k}/{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
-        return cls(weights_of(model), best, flat, history)
-
-    def restore(self, model: FusionModel, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the state back; every worker has to call it."""
-        set_model_state_dict(model, dict(self.weights), options=_WHOLE)
-        state: dict[str, Any] = {}
-        for key, value in self.optimizer.items():
-            parameter, _, name = key.rpartition("/")
-            state.setdefault(parameter, {})[name] = value
-        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-        set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
-        for parameter, entry in optimizer.state.items():
-            entry |= {key: _like(parameter, value) for key, value in entry.items()}
-
-
-def weights_of(model: FusionModel) -> dict[str, Tensor]:
-    """Returns a copy of the weights in the memory of the first worker; every worker has to call it."""
-    weights = cast(Mapping[str, Tensor], get_model_state_dict(model, options=_WHOLE))
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    # A fused optimiser walks a parameter and its moments side by side in memory: they have to lie in the same order.
-    if value.shape != parameter.shape or value.stride() == parameter.stride():
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_checkpoint(folder: str, checkpoint: Checkpoint) -> None:

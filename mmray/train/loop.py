@@ -20,9 +20,8 @@ from mmray.errors import TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature
-from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint, weights_of
+from mmray.train.checkpoint import latest_checkpoint, save_checkpoint
 from mmray.train.optimizer import build_optimizer
-from mmray.train.parallel import agree_on_buffers, distribute
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
 
@@ -60,6 +59,9 @@ class Settings:
 
 def train_worker(arguments: dict[str, Settings]) -> None:
     """Runs on every worker of the group; Ray Train takes one mapping, which holds `settings`."""
+    # A second to load, and only workers need it: Ray Train's controller loads this module too.
+    from mmray.train.parallel import agree_on_buffers, capture, distribute, restore, weights_of
+
     settings = arguments["settings"]
     config, train = settings.config, settings.config.train
     rank = ray.train.get_context().get_world_rank()
@@ -75,7 +77,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     if state is not None:
-        state.restore(model, optimizer)
+        restore(state, model, optimizer)
         history, best = state.history, dict(state.best)
     steps.done = len(history) * settings.num_steps // train.epochs
     while len(history) < train.epochs and not _should_stop(history, settings):
@@ -86,7 +88,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
         history = [*history, _from_first(entry)]
         if best_epoch(history) == len(history) - 1:
             best = weights_of(model)
-        checkpoint = Checkpoint.of(model, optimizer, best, history)
+        checkpoint = capture(model, optimizer, best, history)
         if rank == 0:
             save_checkpoint(settings.folder, checkpoint)
             settings.progress.put(history[-1])

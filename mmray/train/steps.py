@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mmray.config import Config
@@ -134,8 +133,8 @@ class Steps:
 
 def _exchange(loss: nn.Module, now: bool) -> AbstractContextManager[None]:
     """Returns a context whose gradients workers exchange as they are computed, or together with later ones."""
-    if isinstance(loss, FSDPModule):
-        loss.set_requires_gradient_sync(now)
+    if hasattr(loss, "set_requires_gradient_sync"):  # as FSDP2's module, whose import would cost a second
+        loss.set_requires_gradient_sync(now)  # type: ignore[operator]
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not now else nullcontext()
 
 
