@@ -68,7 +68,9 @@ class Output:
         """
         owner = self.owner()
         if owner is None and self.store.list("data"):
-            raise OutputConflictError(f"{self.uri} has a data folder that mmray did not write; give an empty folder")
+            owner = self.owner()  # now and not before: another driver of this run may have begun in between
+            if owner is None:
+                raise OutputConflictError(f"{self.uri} has data that mmray did not write; give an empty folder")
         if owner is None and not self.store.create(RUN, json.dumps(description, indent=1).encode()):
             owner = self.owner()
         if owner is not None and owner["plan_hash"] != plan.hash:
@@ -122,6 +124,7 @@ class Output:
 
         Raises:
             OutputConflictError: the file is not this slice of this plan.
+            EnvironmentFaultError: it cannot be read.
         """
         key = part_key(plan_hash, piece.index)
         try:
@@ -130,6 +133,8 @@ class Output:
                 note = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
                 rows = file.metadata.num_rows
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None):  # of the operating system, not of who understands parquet
+                raise EnvironmentFaultError(f"cannot read {self.store.child(key)}: {error}; run again") from error
             raise OutputConflictError(f"{self.store.child(key)} is not a file that mmray wrote: {error}") from None
         if entry is None or (note.get("plan_hash"), note.get("slice"), rows) != (
             plan_hash,
