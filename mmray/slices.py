@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mmray.errors import EnvironmentFaultError, TableError
 from mmray.store import Entry, Store, open_parent, open_store, split_uri
 from mmray.table import require_columns
+from mmray.url import UrlRoot, is_url
 
 MIN_SLICE_ROWS = 256  # a second of work: less would be spent on scheduling
 MAX_SLICE_ROWS = 131_072  # minutes of work: more would be lost with a worker
@@ -70,7 +71,7 @@ class Table:
 
     def image_roots(self, given: Sequence[str]) -> tuple[str, ...]:
         """Returns where images may lie: the folders given, absolute since workers may run elsewhere, or the table's."""
-        return tuple(open_store(root).uri for root in given) or (self.folder,)
+        return tuple(UrlRoot(r).uri if is_url(r) else open_store(r).uri for r in given) or (self.folder,)
 
 
 def open_table(
