@@ -31,7 +31,7 @@ MAX_CHARS = 8192  # of a URL, as servers have it
 MOST_DECODINGS = 4  # of percent signs: so often may servers behind one another do it, and no name needs it
 _ROOT = re.compile(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?((?:/.*)?)", re.ASCII)
 _SAFE = "!$%&'()*+,/:;=?@[]~"  # signs that a URL may hold as they are, beside letters, digits, `-`, `.` and `_`
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_CARRIERS = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))  # whose last 32 bits are IPv4
 _METADATA = (ipaddress.ip_address("168.63.129.16"),)  # Azure's, which is no private address
 _BUSY = {408, 425, 429}  # and all of 500 and above: another time it may be otherwise
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -231,12 +231,12 @@ def _literal(host: str) -> _Address | None:
 
 def _is_allowed(address: _Address, *, named: bool) -> bool:
     """Whether images may be read from an address; a private one only where a root names it itself."""
-    if isinstance(address, ipaddress.IPv6Address):
+    if isinstance(address, ipaddress.IPv6Address) and not address.is_loopback:
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in _NAT64:
+        if any(address in network for network in _CARRIERS):
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if inner is not None:
-            return _is_allowed(inner, named=False)
+        if inner is not None or address.is_site_local:
+            return inner is not None and _is_allowed(inner, named=False)
     if address.is_link_local or address.is_multicast or address.is_unspecified or address in _METADATA:
         return False
     return named or address.is_global

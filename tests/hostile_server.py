@@ -21,6 +21,8 @@ class HostileServer(ThreadingHTTPServer):
         self.failures = 0
         """How often `sometimes` fails still."""
         self.image = IMAGE
+        self.elsewhere = f"{self.url}/redirected"
+        """Where redirects lead to."""
 
     @property
     def url(self) -> str:
@@ -39,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         what = self.path.partition("?")[0].rpartition("/")[2]
         if what.isdigit():
-            self._answer(int(what), [("Location", f"{self.server.url}/redirected"), ("Content-Length", "0")])
+            self._answer(int(what), [("Location", self.server.elsewhere), ("Content-Length", "0")])
         elif what == "huge":
             self._answer(200, [("Content-Length", str(10**12))], b"x" * 100)
         elif what == "endless":
