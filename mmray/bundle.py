@@ -5,7 +5,8 @@
     vocabulary.json      the words, in order of their ids
     golden.parquet       a few rows with their cells and the scores they must get
 
-`bundle.json` is written last: a folder without it is not a bundle. Loading verifies every digest.
+`bundle.json` is written last: a folder without it is not a bundle. Its own digest stands at its end, over all bytes but
+those of the digest. Loading verifies every digest, and opens no other file.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +33,9 @@ from mmray.preprocess import Preprocessor
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+FILES = ("weights.safetensors", "vocabulary.json", "golden.parquet")
+_SEAL = re.compile(rb'"seal": "([0-9a-f]{64})"\n\}\Z')
 PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "opencv-python-headless", "numpy")
 
 
@@ -128,7 +132,7 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
     for name, data in files.items():
         if not store.create(name, data) and store.read(name) != data:
             raise ConfigError(f"{uri} already holds another bundle's {name}; give a folder that does not exist")
-    if not store.create("bundle.json", json.dumps(manifest, indent=1).encode()):
+    if not store.create("bundle.json", _sealed(manifest)):
         raise ConfigError(f"{uri} already holds a bundle; give a folder that does not exist")
 
 
@@ -139,7 +143,8 @@ def read_info(uri: str) -> BundleInfo:
         BundleError: there is no bundle, or it is of another version or malformed.
     """
     try:
-        raw = json.loads(open_store(uri).read("bundle.json"))
+        data = open_store(uri).read("bundle.json")
+        raw = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"no bundle at {uri!r}: it has no bundle.json; give the folder `mmray train` printed"
@@ -152,6 +157,8 @@ def read_info(uri: str) -> BundleInfo:
             f"{uri} is a bundle of format {version!r}; this mmray reads format {FORMAT_VERSION}: "
             "train it again, or use the mmray version that made it"
         )
+    if not _is_sealed(data):
+        raise BundleError(f"{uri}/bundle.json does not have the sha256 that it ends with; it is damaged, copy it again")
     try:
         return BundleInfo(
             fingerprint=str(raw["fingerprint"]),
@@ -193,7 +200,21 @@ def load_bundle(uri: str) -> Bundle:
     return bundle
 
 
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    zeros = json.dumps({**manifest, "seal": "0" * 64}, indent=1).encode()
+    return _SEAL.sub(b'"seal": "%s"\n}' % hashlib.sha256(zeros).hexdigest().encode(), zeros)
+
+
+def _is_sealed(data: bytes) -> bool:
+    found = _SEAL.search(data)
+    if found is None:
+        return False
+    return hashlib.sha256(data[: found.start(1)] + b"0" * 64 + data[found.end(1) :]).hexdigest().encode() == found[1]
+
+
 def _read_verified(uri: str, name: str, digest: str) -> bytes:
+    if name not in FILES:
+        raise BundleError(f"the bundle at {uri} lists {name!r}, which no bundle has; take it from where it was made")
     try:
         data = open_store(uri).read(name)
     except FileNotFoundError:

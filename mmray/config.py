@@ -35,7 +35,7 @@ class TableConfig(Section):
     max_unlabelled: float = Field(default=0.5, ge=0, le=1)
     """Larger shares of rows without a label stop the run; smaller ones are left out and counted."""
     image_roots: tuple[str, ...] = ()
-    """Folders that image paths may lie in; without any, the table's own folder."""
+    """Folders, URIs or https:// URLs that images may lie in; without any, the table's own folder."""
 
     @model_validator(mode="before")
     @classmethod

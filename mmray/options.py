@@ -15,7 +15,7 @@ class ScoreConfig(Section):
     text_column: str | None = None
     """Column of texts; by default the one the model was trained on."""
     image_roots: tuple[str, ...] = ()
-    """Folders or URIs that image paths may lie in; without any, the table's own folder."""
+    """Folders, URIs or https:// URLs that images may lie in; without any, the table's own folder."""
     probabilities: bool = False
     """Add the probability of every label."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"

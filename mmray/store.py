@@ -4,9 +4,11 @@ Local folders use the operating system; `s3://`, `gs://` and `az://` use obstore
 environment. Both give one guarantee that the commit of a slice rests on: `create` is atomic and never overwrites.
 """
 
+import errno
 import io
 import os
 import secrets
+import stat
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -111,12 +113,12 @@ class LocalStore(Store):
             Path(self.uri, key).unlink(missing_ok=True)
 
     def read(self, key: str) -> bytes:
-        with self._asking("read", key):
-            return Path(self.uri, key).read_bytes()
+        with self._asking("read", key), self.open(key) as file:
+            return file.read()
 
     def open(self, key: str) -> BinaryIO:
         with self._asking("read", key):
-            return Path(self.uri, key).open("rb")
+            return open(os.path.join(self.uri, key), "rb", opener=_open_regular)
 
     @contextmanager
     def _asking(self, verb: str, key: str) -> Iterator[None]:
@@ -296,6 +298,15 @@ def _unless_absent(top: str) -> Callable[[OSError], None]:
 
 def _local_fault(verb: str, path: str, error: OSError) -> EnvironmentFaultError:
     return EnvironmentFaultError(f"cannot {verb} {path}: {error.strerror}; fix its permissions or name, then run again")
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # to wait for a pipe's writer is to hang
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # the latter is refused by whoever asked for a file
+        return descriptor
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "a device, pipe or socket", path)
 
 
 def open_store(uri: str) -> Store:

@@ -99,7 +99,7 @@ class Carry:
 
 def _with_bounds(file: ScoredFile, key: str) -> ScoredFile | None:
     store, name = open_parent(file.uri)
-    with store.open(name) as source, pq.ParquetFile(source) as parquet:
+    with store.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as parquet:
         meta = parquet.metadata
         found = [
             column.statistics
