@@ -13,7 +13,7 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 # Lower layers first. A module may import from its own layer's folder and from the layers before it.
 LAYERS = (
     {"errors"},
-    {"config"},
+    {"config", "stop"},
     {"options"},
     {"table", "store"},
     {"config_file", "slices", "labels", "source"},
@@ -39,6 +39,7 @@ RAY = {
     "mmray/schedule/meters.py",
     "mmray/score/actor.py",
     "mmray/score/feed.py",
+    "mmray/score/foreman.py",
     "mmray/score/meters.py",
     "mmray/submit.py",
     "mmray/train/data.py",

@@ -22,7 +22,7 @@ from mmray.errors import (
     VerifyError,
 )
 from mmray.options import ScoreConfig
-from mmray.score.commit import Output, part_key
+from mmray.score.commit import Manifest, Output, part_key
 from mmray.score.job import score_table
 from mmray.score.plan import make_plan
 from mmray.score.problems import problems
@@ -156,7 +156,7 @@ def test_an_input_that_changes_during_the_run_withholds_success(bundle: str, out
     receipts = [scorer.score(piece) for piece in plan.slices]
     os.utime(folder / "part-0.parquet", ns=(1, 1))
     with pytest.raises(EnvironmentFaultError, match="changed while it was being scored"):
-        target.finalize(plan, receipts, 1.0)
+        target.finalize(plan, Manifest.of(receipts), 1.0)
     assert target.success() is None
 
 

@@ -6,7 +6,7 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 import json
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,9 @@ from mmray.table import Reason
 MANY_ROWS = 16  # that are not finite: fewer may be the fate of a small slice
 Scored = tuple[pa.Table, int]
 """The rows with the columns that scoring appends, and how many of them were not scored now."""
+RECEIPT = pa.schema(
+    {"slice": pa.int64(), "key": pa.string(), "size": pa.int64(), "deaths": pa.int64(), "ledger": pa.string()}
+)
 _log = logging.getLogger(__name__)
 
 
@@ -74,15 +77,18 @@ class SliceScorer:
         self._isolation = Isolation(self._predictor, bundle_uri, image_roots, on_stage)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        receipts = [self.score(piece) for piece in slices_from_arrow(rows)]
-        return pa.Table.from_pylist([receipt_to_row(receipt) for receipt in receipts])
+        return receipts_to_arrow(self.score(piece) for piece in slices_from_arrow(rows))
 
     def score(self, piece: Slice) -> Receipt:
         """Scores and commits one slice: in this process, or apart from it where another died at it.
 
+        One that is there already is left alone: some are handed out together, and again where their process died.
+
         Raises:
             EnvironmentFaultError: the machine or the store failed, which no row is blamed for.
         """
+        if found := self._output.found(self._plan_hash, piece):
+            return found
         with self._attempts.begin(piece) as deaths:
             rows = timed(self._on_stage, "read", read_slice, piece)
             scored, carried = self._score_apart(piece, rows) if deaths else self._score_here(piece, rows)
@@ -132,14 +138,17 @@ def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:
         )
 
 
-def receipt_to_row(receipt: Receipt) -> dict[str, Any]:
-    """Returns a receipt as a row that Ray Data can carry."""
-    ledger = json.dumps(receipt.ledger.to_dict())
-    fields = {"slice": receipt.slice, "key": receipt.key, "size": receipt.size, "deaths": receipt.deaths}
-    return {**fields, "ledger": ledger}
+def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
+    """Returns receipts as rows that Ray Data can carry."""
+    rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
+    return pa.Table.from_pylist(rows, RECEIPT)
+
+
+def _packed(ledger: Ledger) -> str:
+    return json.dumps(ledger.to_dict())
 
 
 def receipt_from_row(row: dict[str, Any]) -> Receipt:
-    """Reads what `receipt_to_row` wrote."""
+    """Reads what `receipts_to_arrow` wrote."""
     ledger = Ledger.from_dict(json.loads(row["ledger"]))
     return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])
