@@ -11,8 +11,9 @@ import re
 import secrets
 import signal
 import threading
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else terminate)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
+        raise
     finally:
         ray.shutdown()
         if in_main:
@@ -106,7 +110,7 @@ def map_slices(
     name: str,
     *,
     max_retries: int = MAX_RETRIES,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
     A process or node that is lost costs time: what is left begins anew on what is there, as long as some gets done.

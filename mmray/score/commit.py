@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,6 +90,12 @@ class Manifest:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer)
         return buffer.getvalue()
+
+
+def note_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Returns what a slice's file says of itself, of the metadata of its footer or schema."""
+    note: dict[str, Any] = json.loads((metadata or {}).get(METADATA_KEY, b"{}"))
+    return note
 
 
 def part_key(plan_hash: str, index: int) -> str:
@@ -171,7 +177,7 @@ class Output:
         try:
             with self.store.open(key) as source:
                 footer, size = pq.read_metadata(source), source.seek(0, io.SEEK_END)
-            note, rows = json.loads((footer.metadata or {}).get(METADATA_KEY, b"{}")), footer.num_rows
+            note, rows = note_of(footer.metadata), footer.num_rows
         except (OSError, pa.ArrowException) as error:
             raise OutputConflictError(f"{self.store.child(key)} is not a file that mmray wrote: {error}") from None
         if (note.get("plan_hash"), note.get("slice"), rows) != (plan_hash, piece.index, piece.num_rows):

@@ -6,6 +6,7 @@ that are not there yet, in O(slices).
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from mmray.errors import ConfigError, EnvironmentFaultError
@@ -130,10 +131,10 @@ def _run(
         allowed, name = max(MAX_DEATHS, len(todo) // 4), f"mmray score {plan.hash[:8]}"
         before = Attempts(open_store(output)).left()
         try:
-            rows = map_slices(todo, ScoringActor, arguments, options, name, max_retries=allowed)
-            for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
-                meters.slice_done()
-                yield receipt
+            with closing(map_slices(todo, ScoringActor, arguments, options, name, max_retries=allowed)) as rows:
+                for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
+                    meters.slice_done()
+                    yield receipt
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
 
