@@ -24,6 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mmray.bundle_info import FORMAT_VERSION, read_info
 from mmray.config import Config
 from mmray.errors import BundleError, ConfigError
 from mmray.model import FusionModel
@@ -31,7 +32,6 @@ from mmray.preprocess import Preprocessor
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 
-FORMAT_VERSION = 2
 PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "opencv-python-headless", "numpy")
 
 
@@ -80,18 +80,6 @@ class Bundle:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class BundleInfo:
-    """What `bundle.json` says, without loading the rest."""
-
-    fingerprint: str
-    config: Config
-    labels: tuple[str, ...]
-    metrics: Mapping[str, Any]
-    score_range: tuple[float, float]
-    digests: Mapping[str, str]
-
-
 def without_weight_files(config: Config) -> Config:
     """Returns the configuration with pretrained weights and word vectors left out: a bundle has its own."""
     encoders: dict[str, Any] = {}
@@ -130,39 +118,6 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
             raise ConfigError(f"{uri} already holds another bundle's {name}; give a folder that does not exist")
     if not store.create("bundle.json", json.dumps(manifest, indent=1).encode()):
         raise ConfigError(f"{uri} already holds a bundle; give a folder that does not exist")
-
-
-def read_info(uri: str) -> BundleInfo:
-    """Reads `bundle.json` alone: enough to plan a run without loading the model.
-
-    Raises:
-        BundleError: there is no bundle, or it is of another version or malformed.
-    """
-    try:
-        raw = json.loads(open_store(uri).read("bundle.json"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"no bundle at {uri!r}: it has no bundle.json; give the folder `mmray train` printed"
-        ) from None
-    except (ValueError, RecursionError):
-        raise BundleError(f"{uri}/bundle.json is not JSON; the bundle is damaged, copy it again") from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{uri} is a bundle of format {version!r}; this mmray reads format {FORMAT_VERSION}: "
-            "train it again, or use the mmray version that made it"
-        )
-    try:
-        return BundleInfo(
-            fingerprint=str(raw["fingerprint"]),
-            config=Config.model_validate(raw["config"]),
-            labels=tuple(raw["labels"]),
-            metrics=raw["metrics"],
-            score_range=(float(raw["score_range"][0]), float(raw["score_range"][1])),
-            digests=dict(raw["sha256"]),
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BundleError(f"{uri}/bundle.json is malformed ({error}); the bundle is damaged, copy it again") from None
 
 
 def load_bundle(uri: str) -> Bundle:

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from mmray.bundle import BundleInfo, load_bundle, read_info
+from mmray.bundle import load_bundle
+from mmray.bundle_info import BundleInfo, read_info
 from mmray.cluster import cluster
-from mmray.options import ScoreConfig
-from mmray.predictor import TOLERANCE, Predictor, column_of
+from mmray.options import ScoreConfig, column_of
+from mmray.predictor import TOLERANCE, Predictor
 from mmray.score.job import score_table
 from mmray.score.rescore import SAME, distance
 from mmray.serve.app import endpoint

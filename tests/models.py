@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.bundle import Bundle, read_info, save_bundle
+from mmray.bundle import Bundle, save_bundle
+from mmray.bundle_info import read_info
 from mmray.config import Config
 from mmray.config_file import parse_config
 from mmray.evaluate import Evaluation, SlicePredictor, measure_slices, plan_slices

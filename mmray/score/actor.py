@@ -19,11 +19,11 @@ import torch
 
 from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
-from mmray.score.commit import Receipt
+from mmray.score.commit import Receipt, receipts_to_arrow
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
 from mmray.score.watchdog import Watchdog
-from mmray.score.worker import Scored, SliceScorer, receipts_to_arrow
+from mmray.score.worker import Scored, SliceScorer
 from mmray.slices import Slice, slices_from_arrow
 from mmray.table import Status
 

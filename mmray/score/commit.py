@@ -34,6 +34,9 @@ from mmray.store import open_parent, open_store
 METADATA_KEY = b"mmray"
 RUN, SUCCESS = "_mmray/run.json", "_SUCCESS"
 _PART = re.compile(r"data/part-(\d{9})-([0-9a-f]{8})\.parquet")
+RECEIPT = pa.schema(
+    {"slice": pa.int64(), "key": pa.string(), "size": pa.int64(), "deaths": pa.int64(), "ledger": pa.string()}
+)
 READS = 32  # footers at a time: a store takes its time for each
 READ_AHEAD = 1024  # of them at most wait to be taken
 
@@ -244,3 +247,19 @@ def _difference(owner: dict[str, Any], ours: dict[str, Any]) -> str:
     if owner.get("table") != ours["table"]:
         found.append("another table")
     return ", ".join(found) or "the table's files changed"
+
+
+def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
+    """Returns receipts as rows that Ray Data can carry."""
+    rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
+    return pa.Table.from_pylist(rows, RECEIPT)
+
+
+def _packed(ledger: Ledger) -> str:
+    return json.dumps(ledger.to_dict())
+
+
+def receipt_from_row(row: dict[str, Any]) -> Receipt:
+    """Reads what `receipts_to_arrow` wrote."""
+    ledger = Ledger.from_dict(json.loads(row["ledger"]))
+    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])

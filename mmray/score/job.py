@@ -13,7 +13,7 @@ from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.options import ScoreConfig
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
-from mmray.score.commit import Manifest, Output, Receipt
+from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
@@ -120,10 +120,9 @@ def _run(
 ) -> Iterator[Receipt]:
     # Ray is loaded only where there is work: a finished run answers without it.
     from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
-    from mmray.score.actor import ScoringActor
     from mmray.score.foreman import foreman_of
     from mmray.score.meters import RunMeters
-    from mmray.score.worker import receipt_from_row
+    from mmray.score.placed import Placed
 
     with cluster(cpus_for(options)), foreman_of(options) as foreman, stoppable(foreman.finish):
         arguments = (bundle, output, plan.hash, plan.image_roots, carry, foreman.actor)
@@ -131,7 +130,7 @@ def _run(
         allowed, name = max(MAX_DEATHS, len(todo) // 4), f"mmray score {plan.hash[:8]}"
         before = Attempts(open_store(output)).left()
         try:
-            with closing(map_slices(todo, ScoringActor, arguments, options, name, max_retries=allowed)) as rows:
+            with closing(map_slices(todo, Placed, arguments, options, name, max_retries=allowed)) as rows:
                 for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
                     meters.slice_done()
                     yield receipt

@@ -3,13 +3,11 @@
 Reads a row per slice -> gives a row per receipt. Rows of the table itself never leave the process but into their file.
 """
 
-import json
 import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,7 +19,7 @@ from mmray.options import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry, Score
-from mmray.score.commit import Output, Receipt
+from mmray.score.commit import Output, Receipt, receipts_to_arrow
 from mmray.score.isolate import Isolation
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
@@ -31,9 +29,6 @@ from mmray.table import Reason
 MANY_ROWS = 16  # that are not finite: fewer may be the fate of a small slice
 Scored = tuple[pa.Table, int]
 """The rows with the columns that scoring appends, and how many of them were not scored now."""
-RECEIPT = pa.schema(
-    {"slice": pa.int64(), "key": pa.string(), "size": pa.int64(), "deaths": pa.int64(), "ledger": pa.string()}
-)
 _log = logging.getLogger(__name__)
 
 
@@ -136,19 +131,3 @@ def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:
             f"the model gave NaN or infinity for {bad} of {bad + good} rows of slice {piece.index} ({piece.uri}): that "
             "is the machine and not the rows; run again elsewhere"
         )
-
-
-def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
-    """Returns receipts as rows that Ray Data can carry."""
-    rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
-    return pa.Table.from_pylist(rows, RECEIPT)
-
-
-def _packed(ledger: Ledger) -> str:
-    return json.dumps(ledger.to_dict())
-
-
-def receipt_from_row(row: dict[str, Any]) -> Receipt:
-    """Reads what `receipts_to_arrow` wrote."""
-    ledger = Ledger.from_dict(json.loads(row["ledger"]))
-    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])
