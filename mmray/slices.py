@@ -8,7 +8,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +42,7 @@ class TableFile:
         return sum(rows for rows, _ in self.row_groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """A row range of one file: the unit of work, of retry and of commit."""
 
@@ -159,7 +159,7 @@ def read_slice(piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
 
 def slices_to_arrow(slices: Sequence[Slice]) -> pa.Table:
     """Returns slices as rows: what Ray Data schedules and `plan-*.parquet` keeps."""
-    return pa.Table.from_pylist([asdict(piece) for piece in slices])
+    return pa.table({field.name: [getattr(piece, field.name) for piece in slices] for field in fields(Slice)})
 
 
 def slices_from_arrow(rows: pa.Table) -> list[Slice]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from models import colour_table, saved_bundle, small_bundle, with_golden
 
-from mmray.bundle import load_bundle, read_info, save_bundle
+from mmray.bundle import load_bundle, save_bundle
+from mmray.bundle_info import read_info
 from mmray.errors import BundleError, ConfigError
 
 

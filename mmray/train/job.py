@@ -24,7 +24,8 @@ import ray.train.torch
 import torch
 from ray.util.queue import Empty, Queue
 
-from mmray.bundle import Bundle, read_info, save_bundle, without_weight_files
+from mmray.bundle import Bundle, save_bundle, without_weight_files
+from mmray.bundle_info import read_info
 from mmray.cluster import RAY_ERRORS, cluster, given_address, local_cpus, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
