@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SIDE, MAX_PIXELS, MAX_CORPUS_BYTES = 32, 300_000, 6_000  # small, so that there can be many
 MUTANT_S = 20  # until a decoder hangs
+MUTANT_MB = 100  # more than any image of so few pixels can need
 INTERESTING = (0, 1, 2, 3, 7, 8, 16, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 Mutation = Callable[[random.Random, bytes, Sequence[bytes]], bytes]
 
@@ -217,7 +218,7 @@ def decode_mutants(seed: int, first: int, count: int, last: Path) -> None:
     prepare_decoders()
     images, config = corpus(), ImageConfig(size=SIDE, max_pixels=MAX_PIXELS)
     results, wrong = Counter[str](), []
-    descriptor = os.open(last, os.O_WRONLY | os.O_CREAT)
+    descriptor, peak_mb = os.open(last, os.O_WRONLY | os.O_CREAT), _peak_mb()
     for number in range(first, first + count):
         os.pwrite(descriptor, number.to_bytes(8, "little"), 0)
         data = mutant(seed, number, images)
@@ -227,6 +228,9 @@ def decode_mutants(seed: int, first: int, count: int, last: Path) -> None:
         except Exception as error:
             wrong.append(f"{seed}:{number} raised {type(error).__name__}: {error}")
             continue
+        before, peak_mb = peak_mb, _peak_mb()
+        if peak_mb - before > MUTANT_MB:
+            wrong.append(f"{seed}:{number} took {peak_mb - before} MB")
         if isinstance(found, Fault):
             results[found.reason.value] += 1
             if found.reason not in Reason or len(found.detail) > 256 or not found.detail.isprintable():
@@ -236,8 +240,11 @@ def decode_mutants(seed: int, first: int, count: int, last: Path) -> None:
             if found.shape != (SIDE, SIDE, 3) or found.dtype != np.uint8:
                 wrong.append(f"{seed}:{number} has pixels {found.shape} {found.dtype}")
     signal.alarm(0)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({"results": results, "wrong": wrong, "peak_mb": peak_mb}))
+    print(json.dumps({"results": results, "wrong": wrong, "peak_mb": _peak_mb()}))
+
+
+def _peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def decode_images(count: int, seed: int) -> Outcome:

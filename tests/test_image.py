@@ -145,6 +145,16 @@ def test_a_damaged_frame_of_an_animated_png_costs_no_process() -> None:
     assert (run.returncode, run.stdout.decode().strip()) == (0, "(32, 32, 3)")
 
 
+def test_nothing_is_read_behind_the_end_of_a_png() -> None:
+    whole = encoded(gradient(), "PNG")
+    start = whole.index(b"IDAT") - 4
+    bomb = whole[:start] + b"\0\0\0\0IEND\xaeB`\x82" + b"\xff\xff\xff\xffIDAT" + whole[start + 8 :]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason(bomb) is Reason.DECODE_ERROR
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+    assert (decoded(whole + bomb[8:]) == decoded(whole)).all()
+
+
 def test_photographs_decode_alike_at_reduced_and_at_full_scale(shared: Path) -> None:
     measured = 0
     for path in sorted((shared / "data" / "photos").glob("*.jpg")):

@@ -228,7 +228,7 @@ def test_a_root_that_allows_what_none_should_is_refused(root: str) -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_not_accepted(certificate: tuple[str, str]) -> None:
+def test_a_certificate_must_be_vouched_for(certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     with hostile_server() as server:
@@ -237,6 +237,10 @@ def test_a_certificate_that_nobody_vouches_for_is_not_accepted(certificate: tupl
         with pytest.raises(EnvironmentFaultError, match="certificate"):
             ImageSource([root], CAP).read("a.jpg")
         assert server.seen == []
+        monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+        url._tls.cache_clear()
+        assert ImageSource([root], CAP).read(f"{root}/a.jpg") == IMAGE
+    url._tls.cache_clear()
 
 
 def test_rows_name_images_by_url_and_a_server_in_trouble_fails_the_slice(

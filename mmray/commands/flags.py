@@ -17,7 +17,7 @@ def add_columns(parser: Any) -> None:
         "--image-root",
         action="append",
         metavar="DIR",
-        help="where images may lie: a folder, URI or https://HOST; repeatable",
+        help="a folder, URI or https://HOST with images; repeatable",
     )
     parser.add_argument("--image-column", metavar="C", help="default: the one trained on")
     parser.add_argument("--text-column", metavar="C", help="default: the one trained on")

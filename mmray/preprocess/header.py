@@ -53,12 +53,13 @@ def _jpeg(data: bytes) -> Header:
     return Header("jpeg", width, height, False, data.find(b"\xff\xd9", position) >= 0)
 
 
-def still_png(data: bytes) -> bytes:
-    """Returns a PNG without the chunks of an animation: what a viewer that knows of none shows."""
+def plain_png(data: bytes) -> bytes:
+    """Returns a PNG as far as its end, without the chunks of an animation: what viewers that know of none show."""
     chunks = _png_chunks(data)
-    if all(kind not in _ANIMATION for kind, _ in chunks):
+    kept = [part for kind, part in chunks if kind not in _ANIMATION]
+    if len(kept) == len(chunks) and chunks[-1][1].stop >= len(data):
         return data
-    return data[:8] + b"".join(data[part] for kind, part in chunks if kind not in _ANIMATION)
+    return data[:8] + b"".join(data[part] for part in kept)
 
 
 def _png(data: bytes) -> Header:
