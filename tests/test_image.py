@@ -145,6 +145,19 @@ def test_a_damaged_frame_of_an_animated_png_costs_no_process() -> None:
     assert (run.returncode, run.stdout.decode().strip()) == (0, "(32, 32, 3)")
 
 
+@pytest.mark.parametrize(("tag", "kind"), [(256, 3), (256, 4), (257, 4), (256, 16)])
+def test_a_tiff_that_gives_two_sizes_does_not_pass_by_the_smaller(tag: int, kind: int) -> None:
+    data = bytearray(encoded(Image.new("RGB", (400, 400)), "TIFF"))
+    start = struct.unpack_from("<I", data, 4)[0]
+    entries = struct.unpack_from("<H", data, start)[0]
+    found = [start + 2 + 12 * k for k in range(entries)]
+    other = next(at for at in found if struct.unpack_from("<H", data, at)[0] not in (256, 257, 258, 273, 277, 279))
+    struct.pack_into("<HHII", data, other, tag, kind, 1, 4)
+    result = decode_image(bytes(data), ImageConfig(size=32, max_pixels=100_000))
+    assert isinstance(result, Fault)
+    assert result.reason in (Reason.TOO_MANY_PIXELS, Reason.DECODE_ERROR)
+
+
 def test_nothing_is_read_behind_the_end_of_a_png() -> None:
     whole = encoded(gradient(), "PNG")
     start = whole.index(b"IDAT") - 4

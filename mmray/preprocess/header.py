@@ -131,7 +131,10 @@ def _tiff(data: bytes) -> Header:
     tags: dict[int, int] = {}
     for k in range(struct.unpack_from(order + "H", data, start)[0]):
         tag, kind, _ = struct.unpack_from(order + "HHI", data, start + 2 + 12 * k)
-        tags[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, start + 10 + 12 * k)[0]
+        value = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, start + 10 + 12 * k)[0]
+        if tag in (256, 257) and kind not in (3, 4):  # by other types, decoders read it from elsewhere
+            return Header("tiff", 0, 0, False, True)
+        tags[tag] = max(tags.get(tag, 0), value)  # of a size that is there twice, decoders take one or the other
     return Header("tiff", tags.get(256, 0), tags.get(257, 0), 338 in tags, True)
 
 
