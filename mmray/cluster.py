@@ -198,7 +198,7 @@ def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Not `from_arrow`, which runs a task for each block and remembers it: 8,000 of them took 400 MB.
-    rows = ray.data.from_blocks([slices_to_arrow(part) for part in in_blocks(slices)])
+    rows: ray.data.Dataset = ray.data.from_blocks([slices_to_arrow(part) for part in in_blocks(slices)])
     with warnings.catch_warnings():
         # Retries have no named parameter yet, and their default is for ever.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
