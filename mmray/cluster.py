@@ -31,7 +31,7 @@ from mmray.slices import Slice, slices_to_arrow
 from mmray.stop import terminate
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
-MAX_BLOCKS = 2048  # so many times as many slices are left, so many are handed out together
+MAX_BLOCKS = 1024  # so many times as many slices are left, so many are handed out together
 RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
 LOSSES = (
     ray.exceptions.RayActorError,
@@ -197,7 +197,8 @@ def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = ray.data.from_arrow([slices_to_arrow(part) for part in in_blocks(slices)])
+    # Not `from_arrow`, which runs a task for each block and remembers it: 8,000 of them took 400 MB.
+    rows: ray.data.Dataset = ray.data.from_blocks([slices_to_arrow(part) for part in in_blocks(slices)])
     with warnings.catch_warnings():
         # Retries have no named parameter yet, and their default is for ever.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
