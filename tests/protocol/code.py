@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 import mmray.store
 from mmray.options import ScoreConfig
-from mmray.score import attempts, job
+from mmray.score import attempts, commit, job
 from mmray.score.attempts import Attempts
-from mmray.score.commit import Output, Receipt
+from mmray.score.commit import Output, Receipt, receipt_from_row, receipts_to_arrow
 from mmray.score.plan import Plan
-from mmray.score.worker import SliceScorer, receipt_from_row, receipt_to_row
+from mmray.score.worker import SliceScorer
 from mmray.slices import Slice
 
 BUCKET, TABLE, OUTPUT = "s3://bucket", "table/rows.parquet", "out"
@@ -130,7 +130,8 @@ class Code:
         if program.slice is None:
             return job.score_plan(plan, "bundle", f"{BUCKET}/{TABLE}", output, ScoreConfig()).ledger
         piece = plan.slices[program.slice]
-        return tuple(receipt_to_row(Scorer(output, plan.hash, program.noise).score(piece)).items())
+        (row,) = receipts_to_arrow([Scorer(output, plan.hash, program.noise).score(piece)]).to_pylist()
+        return tuple(row.items())
 
     @contextmanager
     def _patched(self, ask: Callable[[Request], Any], program: Program) -> Iterator[None]:
@@ -149,6 +150,7 @@ class Code:
                 lambda: mock.patch.object(mmray.store, "_remote", lambda uri: Bucket(ask, uri)),
                 lambda: mock.patch.object(mmray.store, "CONFLICT_PAUSES_S", (0,)),
                 lambda: mock.patch.object(job, "_run", placed),
+                lambda: mock.patch.object(commit, "ThreadPoolExecutor", InTurn),
                 lambda: mock.patch.object(attempts, "_process", process),
                 lambda: mock.patch.object(attempts, "secrets", SimpleNamespace(token_hex=lambda size: "token")),
                 *self._patches,
@@ -183,6 +185,22 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         self._ask(Request("delete", self._prefix + key))
+
+
+class InTurn:
+    """Takes the place of a pool of threads: what a process asks next depends on nothing but its answers."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def __enter__(self) -> "InTurn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        return map(function, items)
 
 
 def error_of(answer: Raise, request: Request) -> BaseException:

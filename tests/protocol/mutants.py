@@ -9,7 +9,7 @@ from unittest import mock
 
 from mmray.errors import EnvironmentFaultError, OutputConflictError
 from mmray.score import commit, worker
-from mmray.score.commit import RUN, Output, Receipt, part_key
+from mmray.score.commit import RUN, Manifest, Output, Receipt, part_key
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan
 from mmray.slices import Slice
@@ -90,7 +90,7 @@ def _receipt_of_any_rows(self: Output, plan_hash: str, piece: Slice) -> Receipt:
         return real_receipt(self, plan_hash, replace(piece, num_rows=1))
 
 
-def _success_first(self: Output, plan: Plan, receipts: list[Receipt], max_error_rate: float) -> Ledger:
+def _success_first(self: Output, plan: Plan, manifest: Manifest, max_error_rate: float) -> Ledger:
     """Creates the objects of the end in the other order."""
     held = dict[str, bytes]()
     create = self.store.create
@@ -100,17 +100,17 @@ def _success_first(self: Output, plan: Plan, receipts: list[Receipt], max_error_
         return True
 
     with mock.patch.object(self.store, "create", later):
-        total = real_finalize(self, plan, receipts, max_error_rate)
+        total = real_finalize(self, plan, manifest, max_error_rate)
     for key in reversed(held):
         create(key, held[key])
     return total
 
 
-def _success_of_what_is_listed(self: Output, plan: Plan, receipts: list[Receipt], max_error_rate: float) -> Ledger:
+def _success_of_what_is_listed(self: Output, plan: Plan, manifest: Manifest, max_error_rate: float) -> Ledger:
     there = self.committed(plan.hash) or {0}
     some = replace(plan, slices=tuple(piece for piece in plan.slices if piece.index in there))
     with mock.patch.object(type(plan), "hash", plan.hash):
-        return real_finalize(self, some, [r for r in receipts if r.slice in there], max_error_rate)
+        return real_finalize(self, some, Manifest.of(self.receipts(plan.hash, some.slices)), max_error_rate)
 
 
 def _done_is_not_looked_at(self: Output, plan_hash: str) -> set[int]:
