@@ -14,6 +14,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_default_kind(cls, raw: Any) -> Any:
+        """Lets a part be changed without saying again which kind it is, where that is the usual one."""
+        if not isinstance(raw, dict):
+            return raw
+        kinds = {name: getattr(field.default, "kind", None) for name, field in cls.model_fields.items()}
+        return {
+            name: {"kind": kinds[name], **part} if kinds.get(name) and isinstance(part, dict) else part
+            for name, part in raw.items()
+        }
+
 
 class TableConfig(Section):
     """Which tables to train on, and which of their columns."""
