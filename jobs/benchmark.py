@@ -4,6 +4,7 @@
     python jobs/benchmark.py demo                                 `mmray demo`, stage by stage
     python jobs/benchmark.py tick [--rows 4000] [--photos DIR]    a tenth of new rows beside all of them
     python jobs/benchmark.py store [--rows 4000] [--photos DIR]   everything in a store that takes 50 ms to answer
+    python jobs/benchmark.py plan [--slices 76000]                a table of billions of rows: its start, and resuming
     python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
 All but `demo` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings), texts
@@ -29,6 +30,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from benchmark_plan import measure_plan
 from benchmark_serve import ROWS, measure_serving
 from benchmark_store import measure_store
 
@@ -41,8 +43,9 @@ MIN_ROWS = 16  # of a tick that does next to nothing
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["score", "demo", "tick", "store", "serve"])
+    parser.add_argument("what", choices=["score", "demo", "tick", "store", "plan", "serve"])
     parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
+    parser.add_argument("--slices", type=int, default=76_000, help="of the plan (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per CPU")
@@ -62,6 +65,9 @@ def main() -> None:
             make_table(folder / "table", args.rows, args.photos)
             make_bundle(folder)
             figures = measure_store(folder, args.repeats, args.processes, run_mmray)
+        elif args.what == "plan":
+            make_table(folder / "table", MIN_ROWS, args.photos)
+            figures = measure_plan(folder, make_bundle(folder), args.slices)
         else:
             table = make_table(folder / "table", ROWS, args.photos)
             figures = measure_serving(make_bundle(folder), table, args.seconds, args.soak)

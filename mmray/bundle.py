@@ -5,7 +5,8 @@
     vocabulary.json      the words, in order of their ids
     golden.parquet       a few rows with their cells and the scores they must get
 
-`bundle.json` is written last: a folder without it is not a bundle. Loading verifies every digest.
+`bundle.json` is written last: a folder without it is not a bundle. Its own digest stands at its end, over all bytes but
+those of the digest. Loading verifies every digest, and opens no other file.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mmray.bundle_info import FORMAT_VERSION, read_info, sealed
 from mmray.config import Config
 from mmray.errors import BundleError, ConfigError
 from mmray.model import FusionModel
@@ -31,7 +33,7 @@ from mmray.preprocess import Preprocessor
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
 
-FORMAT_VERSION = 2
+FILES = ("weights.safetensors", "vocabulary.json", "golden.parquet")
 PACKAGES = ("mmray", "torch", "torchvision", "nltk", "opencv-python", "opencv-python-headless", "numpy")
 
 
@@ -80,18 +82,6 @@ class Bundle:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class BundleInfo:
-    """What `bundle.json` says, without loading the rest."""
-
-    fingerprint: str
-    config: Config
-    labels: tuple[str, ...]
-    metrics: Mapping[str, Any]
-    score_range: tuple[float, float]
-    digests: Mapping[str, str]
-
-
 def without_weight_files(config: Config) -> Config:
     """Returns the configuration with pretrained weights and word vectors left out: a bundle has its own."""
     encoders: dict[str, Any] = {}
@@ -128,41 +118,8 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
     for name, data in files.items():
         if not store.create(name, data) and store.read(name) != data:
             raise ConfigError(f"{uri} already holds another bundle's {name}; give a folder that does not exist")
-    if not store.create("bundle.json", json.dumps(manifest, indent=1).encode()):
+    if not store.create("bundle.json", sealed(manifest)):
         raise ConfigError(f"{uri} already holds a bundle; give a folder that does not exist")
-
-
-def read_info(uri: str) -> BundleInfo:
-    """Reads `bundle.json` alone: enough to plan a run without loading the model.
-
-    Raises:
-        BundleError: there is no bundle, or it is of another version or malformed.
-    """
-    try:
-        raw = json.loads(open_store(uri).read("bundle.json"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"no bundle at {uri!r}: it has no bundle.json; give the folder `mmray train` printed"
-        ) from None
-    except (ValueError, RecursionError):
-        raise BundleError(f"{uri}/bundle.json is not JSON; the bundle is damaged, copy it again") from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{uri} is a bundle of format {version!r}; this mmray reads format {FORMAT_VERSION}: "
-            "train it again, or use the mmray version that made it"
-        )
-    try:
-        return BundleInfo(
-            fingerprint=str(raw["fingerprint"]),
-            config=Config.model_validate(raw["config"]),
-            labels=tuple(raw["labels"]),
-            metrics=raw["metrics"],
-            score_range=(float(raw["score_range"][0]), float(raw["score_range"][1])),
-            digests=dict(raw["sha256"]),
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BundleError(f"{uri}/bundle.json is malformed ({error}); the bundle is damaged, copy it again") from None
 
 
 def load_bundle(uri: str) -> Bundle:
@@ -194,6 +151,8 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def _read_verified(uri: str, name: str, digest: str) -> bytes:
+    if name not in FILES:
+        raise BundleError(f"the bundle at {uri} lists {name!r}, which no bundle has; take it from where it was made")
     try:
         data = open_store(uri).read(name)
     except FileNotFoundError:

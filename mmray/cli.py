@@ -7,12 +7,14 @@ machine, cluster or store failed (the same command resumes); 6 too many failed r
 import argparse
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from mmray import __version__
 from mmray.commands import schedule, score, serve, submit, train
 from mmray.errors import MmrayError
+from mmray.stop import terminate
 
 INTERRUPTED = 130
 
@@ -20,6 +22,7 @@ INTERRUPTED = 130
 def run() -> None:
     """Is the `mmray` command: `main` in a process of its own."""
     _keep_stderr_for_python()
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
 
 

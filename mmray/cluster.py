@@ -9,8 +9,11 @@ import logging
 import os
 import re
 import secrets
+import signal
+import threading
+import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,10 @@ from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
+from mmray.stop import terminate
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
-MAX_BLOCKS = 4096  # of slices on their way through Ray Data
+MAX_BLOCKS = 1024  # so many times as many slices are left, so many are handed out together
 RAY_ERRORS = (ray.exceptions.RayError, ray.data.exceptions.SystemException, ray.data.exceptions.ExecutionTimeoutError)
 LOSSES = (
     ray.exceptions.RayActorError,
@@ -55,7 +59,7 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = given_address()
+    address, on_sigterm = given_address(), signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -65,10 +69,17 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
         raise EnvironmentFaultError(
             f"cannot {'reach the Ray cluster at ' + address if address else 'start Ray'}: {error}"
         ) from error
+    if in_main := threading.current_thread() is threading.main_thread():  # Ray has set a handler that says nothing
+        signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else terminate)
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
+        raise
     finally:
         ray.shutdown()
+        if in_main:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def given_address() -> str | None:
@@ -99,7 +110,7 @@ def map_slices(
     name: str,
     *,
     max_retries: int = MAX_RETRIES,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
     A process or node that is lost costs time: what is left begins anew on what is there, as long as some gets done.
@@ -144,6 +155,7 @@ def _one_pass(
         min_size=placement.min_actors,
         max_size=placement.max_actors,
         max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+        max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,  # what waits for one that is slow, no other can take
         enable_true_multi_threading=True,
     )
     rows = over_slices(
@@ -158,6 +170,7 @@ def _one_pass(
         max_task_retries=max_retries,
     )
     rows.set_name(name)
+    rows.context.target_max_block_size = 1  # each row comes as it is done, not with those of its block
     yield from rows.iter_rows()
 
 
@@ -184,11 +197,21 @@ def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    rows = ray.data.from_arrow(slices_to_arrow(slices)).repartition(min(len(slices), MAX_BLOCKS))
+    # Not `from_arrow`, which runs a task for each block and remembers it: 8,000 of them took 400 MB.
+    rows: ray.data.Dataset = ray.data.from_blocks([slices_to_arrow(part) for part in in_blocks(slices)])
     with warnings.catch_warnings():
         # Retries have no named parameter yet, and their default is for ever.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         return rows.map_batches(function, batch_size=1, batch_format="pyarrow", **placement)
+
+
+def in_blocks(slices: Sequence[Slice]) -> Iterator[Sequence[Slice]]:
+    """Yields consecutive slices, fewer together the fewer are left: the last ones, one at a time, end evenly."""
+    first = 0
+    while first < len(slices):
+        size = -(-(len(slices) - first) // MAX_BLOCKS)
+        yield slices[first : first + size]
+        first += size
 
 
 def unwrap(error: BaseException, what: str) -> MmrayError:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmray.bundle import read_info
+from mmray.bundle_info import read_info
 from mmray.cluster import cluster, local_cpus
 from mmray.config import Config
 from mmray.errors import ConfigError

@@ -14,6 +14,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_default_kind(cls, raw: Any) -> Any:
+        """Lets a part be changed without saying again which kind it is, where that is the usual one."""
+        if not isinstance(raw, dict):
+            return raw
+        kinds = {name: getattr(field.default, "kind", None) for name, field in cls.model_fields.items()}
+        return {
+            name: {"kind": kinds[name], **part} if kinds.get(name) and isinstance(part, dict) else part
+            for name, part in raw.items()
+        }
+
 
 class TableConfig(Section):
     """Which tables to train on, and which of their columns."""
@@ -35,7 +47,7 @@ class TableConfig(Section):
     max_unlabelled: float = Field(default=0.5, ge=0, le=1)
     """Larger shares of rows without a label stop the run; smaller ones are left out and counted."""
     image_roots: tuple[str, ...] = ()
-    """Folders that image paths may lie in; without any, the table's own folder."""
+    """Folders, URIs or https:// URLs that images may lie in; without any, the table's own folder."""
 
     @model_validator(mode="before")
     @classmethod
@@ -336,6 +348,8 @@ class TrainConfig(Section):
     """Training processes; two numbers are a least and a most, between which it is what the cluster has room for."""
     accumulation: int = Field(default=1, ge=1)
     """Parts in which a process takes its share of a batch, one after another: larger batches than memory holds."""
+    shard: bool = False
+    """A worker keeps only its part of the weights and the optimiser's state (FSDP2): for encoders that do not fit."""
     use_gpu: bool = False
     """One GPU per worker (nccl); otherwise CPUs (gloo)."""
     cache_bytes: int = Field(default=4 * 2**30, ge=0)

@@ -14,13 +14,20 @@ MmrayError                    exit 2
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Of a terminal, of text direction and halves of characters: a name in a table must not write a line of a log.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MmrayError(Exception):
-    """A mistake or fault that is reported in one line, without a traceback."""
+    """A mistake or fault that is reported in one line, without a traceback; control characters are escaped."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), message))
 
 
 class ConfigError(MmrayError):

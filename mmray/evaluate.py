@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mmray.bundle import BundleInfo, load_bundle, read_info
+from mmray.bundle import load_bundle
+from mmray.bundle_info import BundleInfo, read_info
 from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import measure
 from mmray.mistakes import Mistake, worst_of, worst_rows
-from mmray.options import ScoreConfig
-from mmray.predictor import Predictor, column_of
+from mmray.options import ScoreConfig, column_of
+from mmray.predictor import Predictor
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
 from mmray.store import open_store

@@ -15,7 +15,7 @@ class ScoreConfig(Section):
     text_column: str | None = None
     """Column of texts; by default the one the model was trained on."""
     image_roots: tuple[str, ...] = ()
-    """Folders or URIs that image paths may lie in; without any, the table's own folder."""
+    """Folders, URIs or https:// URLs that images may lie in; without any, the table's own folder."""
     probabilities: bool = False
     """Add the probability of every label."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
@@ -54,3 +54,8 @@ class ScoreConfig(Section):
     def numeric_options(self) -> dict[str, Any]:
         """Returns the settings that change what is written: part of the plan's identity."""
         return self.model_dump(include={"image_column", "text_column", "image_roots", "probabilities", "precision"})
+
+
+def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
+    """Returns the name of a modality's column: the run's own, or the one trained on."""
+    return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from mmray.bundle import BundleInfo, load_bundle, read_info
+from mmray.bundle import load_bundle
+from mmray.bundle_info import BundleInfo, read_info
 from mmray.cluster import cluster
-from mmray.options import ScoreConfig
-from mmray.predictor import TOLERANCE, Predictor, column_of
+from mmray.options import ScoreConfig, column_of
+from mmray.predictor import TOLERANCE, Predictor
 from mmray.score.job import score_table
+from mmray.score.rescore import SAME, distance
 from mmray.serve.app import endpoint
 from mmray.serve.haproxy import free_port
 from mmray.serve.settings import ServeConfig
@@ -30,7 +32,6 @@ from mmray.table import cells
 
 PLACEMENTS = ((1, 1), (32, 2), (7, 2))  # rows per forward pass, actors
 ITEMS = 16  # per request
-SAME = ("predicted_label", "modalities_used", "status", "reason")
 Rows = list[dict[str, Any]]
 
 
@@ -120,10 +121,8 @@ def _item(row: dict[str, Any]) -> dict[str, Any]:
 
 def _compare(path: str, want: Rows, got: Rows, info: BundleInfo) -> Parity:
     pairs = list(zip(want, got, strict=True))
-    low, high = info.score_range
-    both = [(a["score"], b["score"]) for a, b in pairs if a["score"] is not None and b["score"] is not None]
     return Parity(
         path=path,
-        largest_difference=max((abs(a - b) for a, b in both), default=0.0) / (high - low),
+        largest_difference=max((distance(a, b, info.score_range) for a, b in pairs), default=0.0),
         other_rows=sum(any(a.get(name) != b.get(name) for name in SAME) for a, b in pairs),
     )

@@ -23,7 +23,7 @@ from mmray.bundle import Bundle
 from mmray.errors import BundleError, ConfigError, EnvironmentFaultError
 from mmray.model.folding import fold_batch_norms
 from mmray.model.precision import Precision, autocast, resolve_precision
-from mmray.options import ScoreConfig
+from mmray.options import ScoreConfig, column_of
 from mmray.prediction import Prediction
 from mmray.preprocess import Features, Preprocessor
 from mmray.preprocess.image import prepare_decoders
@@ -246,11 +246,6 @@ def timed(on_stage: OnStage, stage: str, function: Callable[..., T], *arguments:
     result = function(*arguments)
     on_stage(stage, time.perf_counter() - started)
     return result
-
-
-def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
-    """Returns the name of a modality's column: the run's own, or the one trained on."""
-    return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from mmray.errors import EnvironmentFaultError, TableError
 from mmray.store import Entry, Store, open_parent, open_store, split_uri
 from mmray.table import require_columns
+from mmray.url import UrlRoot, is_url
 
 MIN_SLICE_ROWS = 256  # a second of work: less would be spent on scheduling
 MAX_SLICE_ROWS = 131_072  # minutes of work: more would be lost with a worker
@@ -41,7 +42,7 @@ class TableFile:
         return sum(rows for rows, _ in self.row_groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """A row range of one file: the unit of work, of retry and of commit."""
 
@@ -70,7 +71,7 @@ class Table:
 
     def image_roots(self, given: Sequence[str]) -> tuple[str, ...]:
         """Returns where images may lie: the folders given, absolute since workers may run elsewhere, or the table's."""
-        return tuple(open_store(root).uri for root in given) or (self.folder,)
+        return tuple(UrlRoot(r).uri if is_url(r) else open_store(r).uri for r in given) or (self.folder,)
 
 
 def open_table(
@@ -147,17 +148,18 @@ def read_slice(piece: Slice, columns: Sequence[str] | None = None) -> pa.Table:
             f"the input {piece.uri} {state} while it was being read; restore it, or start again in a new output"
         )
     try:
-        with store.open(name) as source, pq.ParquetFile(source) as file:
+        with store.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             return _read_range(file, piece, columns)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise EnvironmentFaultError(
-            f"cannot read rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.uri}: {error}"
+            f"cannot read rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of {piece.uri}: {error}; "
+            "the file is damaged or the store fails: copy it again, or run again"
         ) from error
 
 
 def slices_to_arrow(slices: Sequence[Slice]) -> pa.Table:
     """Returns slices as rows: what Ray Data schedules and `plan-*.parquet` keeps."""
-    return pa.Table.from_pylist([asdict(piece) for piece in slices])
+    return pa.table({field.name: [getattr(piece, field.name) for piece in slices] for field in fields(Slice)})
 
 
 def slices_from_arrow(rows: pa.Table) -> list[Slice]:
@@ -184,6 +186,9 @@ def _read_range(file: pq.ParquetFile, piece: Slice, columns: Sequence[str] | Non
             kept.append(batch.slice(skip, min(position, end) - start - skip))
         if position >= end:
             break
+    found = sum(batch.num_rows for batch in kept)
+    if found != piece.num_rows:
+        raise OSError(f"there are {found} and not {piece.num_rows}, as its footer says")
     return pa.Table.from_batches(kept)
 
 
@@ -254,10 +259,12 @@ def _read_footer(store: Store, key: str, entry: Entry) -> tuple[TableFile, pa.Sc
             meta = file.metadata
             groups = [meta.row_group(k) for k in range(meta.num_row_groups)]
             sizes = tuple((group.num_rows, group.total_byte_size) for group in groups)
+            if meta.num_rows != sum(rows for rows, _ in sizes):
+                return f"{store.child(key)}: its footer counts {meta.num_rows} rows and another number in row groups"
             names = file.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 return f"{store.child(key)}: it has the column {twice[0]!r} more than once"
             return TableFile(store.child(key), entry.size, entry.version, sizes), file.schema_arrow
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # of a name in its schema
         return f"{store.child(key)}: {str(error).splitlines()[0]}"

@@ -1,22 +1,28 @@
 """Where image bytes come from: a cell holds bytes, a path or a URI; only allowed roots are read.
 
-Reads a cell -> gives bytes, or why not. A path is resolved, symbolic links and all, and must still lie beneath a root;
-what is opened is looked at before it is read, so that no device, pipe or giant file is.
+Reads a cell -> gives bytes, or why not. A path is resolved, symbolic links and all, and must still lie beneath a root:
+a link is followed where it leads into a root, and refused where it leads out of all. The resolved path is then walked
+from the root, which was opened once, without following links: what is swapped for a link meanwhile is not there. What
+is opened is looked at before it is read, so that no device, pipe or giant file is.
 """
 
 import errno
 import os
 import posixpath
 import stat
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 from mmray.errors import EnvironmentFaultError
 from mmray.store import REMOTE_SCHEMES, ObjectStore, split_uri
 from mmray.table import Fault, Reason, fault
+from mmray.url import PORTS, UrlRoot, is_url
 
-_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW
+_WALK_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _ODD = {errno.ENXIO, errno.ENODEV, errno.EISDIR}
@@ -26,16 +32,22 @@ class ImageSource:
     """Reads images beneath some roots; thread-safe."""
 
     def __init__(self, roots: Sequence[str], max_bytes: int) -> None:
-        """Takes the folders and URIs that may be read from, and the most bytes an image may have."""
-        schemes = [(root, split_uri(root)) for root in roots]
-        self._folders = tuple(os.path.realpath(path) for _, (scheme, path) in schemes if scheme == "file")
+        """Takes the folders, URIs and URLs that may be read from, and the most bytes an image may have.
+
+        Raises:
+            ConfigError: a root is malformed.
+            EnvironmentFaultError: a folder is not there.
+        """
+        self._urls = tuple(UrlRoot(root) for root in roots if is_url(root))
+        schemes = [(root, split_uri(root)) for root in roots if not is_url(root)]
+        self._folders = tuple(_Folder(path) for _, (scheme, path) in schemes if scheme == "file")
         self._remotes = tuple(root.rstrip("/") for root, (scheme, _) in schemes if scheme != "file")
         self._max_bytes = max_bytes
 
     @property
     def is_remote(self) -> bool:
-        """Whether some images lie in a store, where a read is mostly waiting."""
-        return bool(self._remotes)
+        """Whether some images lie in a store or on a server, where a read is mostly waiting."""
+        return bool(self._remotes or self._urls)
 
     def read(self, cell: Any) -> bytes | Fault:
         """Returns the bytes that a cell holds or names, or why there are none.
@@ -72,27 +84,35 @@ class ImageSource:
         elif scheme in REMOTE_SCHEMES:
             inside = [root for root in self._remotes if name.startswith(root + "/")]
             return self._remote(inside[0], name[len(inside[0]) + 1 :]) if inside else _outside()
+        elif scheme in PORTS:
+            asked = ((root, root.target(name)) for root in self._urls)
+            return next((self._fetched(root, target) for root, target in asked if target is not None), _outside())
         elif scheme:
-            return fault(Reason.NOT_ALLOWED, "URLs are not fetched")
-        if not self._folders and not self._remotes:
+            return fault(Reason.NOT_ALLOWED, "no scheme that images are read by")
+        return self._by_path(name)
+
+    def _by_path(self, name: str) -> bytes | Fault:
+        """Looks for a path beneath each root in turn; for an absolute one beneath folders only."""
+        if not self._folders and not self.is_remote:
             return _outside()
+        looks: list[Callable[[], bytes | Fault]] = [partial(self._local, folder, name) for folder in self._folders]
+        if not os.path.isabs(name):
+            looks += [partial(self._remote, root, name) for root in self._remotes]
+            looks += [partial(self._fetched, root, root.child(name)) for root in self._urls]
         found: bytes | Fault = fault(Reason.MISSING, "no such file")
-        for folder in self._folders:
-            found = self._local(folder, name)
+        for look in looks:
+            found = look()
             if not (isinstance(found, Fault) and found.reason is Reason.MISSING):
-                return found
-        for root in () if os.path.isabs(name) else self._remotes:
-            found = self._remote(root, name)
-            if not (isinstance(found, Fault) and found.reason is Reason.MISSING):
-                return found
+                break
         return found
 
-    def _local(self, folder: str, name: str) -> bytes | Fault:
+    def _local(self, folder: "_Folder", name: str) -> bytes | Fault:
         try:
-            path = os.path.realpath(os.path.join(folder, name))
-            if not any(_beneath(path, root) for root in self._folders):
+            path = os.path.realpath(os.path.join(folder.path, name))
+            inside = [root for root in self._folders if _beneath(path, root.path)]
+            if not inside:
                 return _outside()
-            descriptor = os.open(path, _OPEN_FLAGS | os.O_NOFOLLOW)
+            descriptor = inside[0].open(path)
         except (OSError, ValueError) as error:
             return _explain(error)
         try:
@@ -103,10 +123,6 @@ class ImageSource:
             os.close(descriptor)
 
     def _opened(self, descriptor: int) -> bytes | Fault:
-        # A folder swapped for a link between resolving and opening would show here.
-        real = os.readlink(f"/proc/self/fd/{descriptor}") if os.path.isdir("/proc/self/fd") else None
-        if real is not None and not any(_beneath(real, root) for root in self._folders):
-            return _outside()
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return fault(Reason.NOT_REGULAR, "a folder, device, pipe or socket")
@@ -124,6 +140,39 @@ class ImageSource:
         except (FileNotFoundError, ValueError):  # ValueError: no object can have such a name
             return fault(Reason.MISSING, "no such object")
         return self._inline(found) if isinstance(found, bytes) else self._too_large(found)
+
+    def _fetched(self, root: UrlRoot, target: str | None) -> bytes | Fault:
+        if target is None:
+            return _outside()
+        found = root.read(target, self._max_bytes)
+        return self._inline(found) if isinstance(found, bytes) else found
+
+
+class _Folder:
+    """A root on this machine, opened once: it stays what it is, whatever its name comes to mean."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.realpath(path)
+        try:
+            self._descriptor = os.open(self.path, _WALK_FLAGS)
+        except OSError as error:
+            raise EnvironmentFaultError(
+                f"cannot open the image root {self.path}: {error.strerror}; mount it here, or correct the root"
+            ) from None
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def open(self, path: str) -> int:
+        """Opens a resolved path beneath this root, and nothing that a link would lead to."""
+        *folders, name = (path[len(self.path) :].strip("/") or ".").split("/")
+        here = os.dup(self._descriptor)
+        try:
+            for folder in folders:
+                below = os.open(folder, _WALK_FLAGS | os.O_NOFOLLOW, dir_fd=here)
+                os.close(here)
+                here = below
+            return os.open(name, _OPEN_FLAGS, dir_fd=here)
+        finally:
+            os.close(here)
 
 
 def bytes_or_path(cell: Any) -> Any:
@@ -155,4 +204,6 @@ def _explain(error: OSError | ValueError) -> Fault:
         return fault(Reason.NOT_ALLOWED, "no permission to read the file")
     if code in _ODD:
         return fault(Reason.NOT_REGULAR, "a folder, device, pipe or socket")
-    raise EnvironmentFaultError(f"cannot read an image: {error}; mend the disk or mount, then run again") from error
+    raise EnvironmentFaultError(
+        f"cannot read an image: {os.strerror(code or errno.EIO)}; mend the disk or mount, then run again"
+    ) from None

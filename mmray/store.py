@@ -4,9 +4,12 @@ Local folders use the operating system; `s3://`, `gs://` and `az://` use obstore
 environment. Both give one guarantee that the commit of a slice rests on: `create` is atomic and never overwrites.
 """
 
+import errno
 import io
 import os
 import secrets
+import stat
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,7 @@ from mmray.errors import ConfigError, EnvironmentFaultError
 REMOTE_SCHEMES = ("s3", "gs", "az")
 READ_AHEAD = 2**16  # bytes per request at least: a parquet footer comes with one
 TEMPORARY_SUFFIX = ".mmray-tmp"
+CONFLICT_PAUSES_S = (0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Entry(NamedTuple):
@@ -88,7 +92,8 @@ class LocalStore(Store):
                 f"cannot write {target}: {error.strerror}; free space or fix permissions, then run again"
             ) from error
         finally:
-            _remove(temporary)
+            with suppress(OSError):  # who reads the folder does not see it
+                temporary.unlink(missing_ok=True)
 
     @staticmethod
     def _link(temporary: Path, target: Path) -> bool:
@@ -104,13 +109,26 @@ class LocalStore(Store):
         return True
 
     def delete(self, key: str) -> None:
-        Path(self.uri, key).unlink(missing_ok=True)
+        with self._asking("delete", key):
+            Path(self.uri, key).unlink(missing_ok=True)
 
     def read(self, key: str) -> bytes:
-        return Path(self.uri, key).read_bytes()
+        with self._asking("read", key), self.open(key) as file:
+            return file.read()
 
     def open(self, key: str) -> BinaryIO:
-        return Path(self.uri, key).open("rb")
+        with self._asking("read", key):
+            return open(os.path.join(self.uri, key), "rb", opener=_open_regular)
+
+    @contextmanager
+    def _asking(self, verb: str, key: str) -> Iterator[None]:
+        """Turns what the operating system raises into a fault of the machine, but for the absence of a file."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError as error:
+            raise _local_fault(verb, self.child(key), error) from error
 
     def stat(self, key: str) -> Entry | None:
         try:
@@ -154,6 +172,18 @@ class ObjectStore(Store):
         return _remote(self.uri)
 
     def create(self, key: str, data: bytes) -> bool:
+        # S3 answers 409 where another writer is at the same name, who may yet fail; obstore says "exists" to that too.
+        for pause_s in (0, *CONFLICT_PAUSES_S):
+            time.sleep(pause_s)
+            if self._put(key, data):
+                return True
+            if self.stat(key) is not None:
+                return False
+        raise EnvironmentFaultError(
+            f"cannot write {self.child(key)}: the store says that it exists, and has no such object; run again"
+        )
+
+    def _put(self, key: str, data: bytes) -> bool:
         import obstore.exceptions as oe
 
         with self._asking("write", key, required=True):
@@ -270,11 +300,13 @@ def _local_fault(verb: str, path: str, error: OSError) -> EnvironmentFaultError:
     return EnvironmentFaultError(f"cannot {verb} {path}: {error.strerror}; fix its permissions or name, then run again")
 
 
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except NotADirectoryError:
-        return
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # to wait for a pipe's writer is to hang
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # the latter is refused by whoever asked for a file
+        return descriptor
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, "a device, pipe or socket", path)
 
 
 def open_store(uri: str) -> Store:

@@ -37,8 +37,11 @@ class Reason(StrEnum):
         return reason
 
     IMAGE_NULL = "IMAGE_NULL", "The image cell is null or empty."
-    MISSING = "MISSING", "No file at the image path."
-    NOT_ALLOWED = "NOT_ALLOWED", "The image path leads outside the allowed roots, or may not be read."
+    MISSING = "MISSING", "No file at the image path, or the server has none there."
+    NOT_ALLOWED = (
+        "NOT_ALLOWED",
+        "The image path or URL leads outside the allowed roots, may not be read, or is answered with a redirect.",
+    )
     NOT_REGULAR = "NOT_REGULAR", "The image path is a directory, device, pipe or socket."
     EMPTY_FILE = "EMPTY_FILE", "The image has no bytes."
     TOO_LARGE_BYTES = "TOO_LARGE_BYTES", "The image has more bytes than `image.max_bytes`."

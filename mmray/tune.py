@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.queue import Queue
 
-from mmray.bundle import read_info
+from mmray.bundle_info import read_info
 from mmray.cluster import RAY_ERRORS, cluster, local_cpus, unwrap
 from mmray.config import Config
 from mmray.config_file import parse_config

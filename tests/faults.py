@@ -38,6 +38,29 @@ class FaultyStore(ThreadingHTTPServer):
         """Says nothing of clients that went away."""
 
 
+class OneFault(FaultyStore):
+    """Answers as the store behind it does, but for one request that was chosen."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream, share=0, seed=0)
+        self.asked: Counter[str] = Counter()
+        """Method -> requests since the last choice."""
+        self._next: tuple[str, str, int] | None = None
+
+    def next_fault(self, kind: str, method: str, number: int) -> None:
+        """Chooses the number-th request from now with a method."""
+        self.asked.clear()
+        self._next = kind, method, number
+
+    def fault(self, method: str) -> str | None:
+        self.asked[method] += 1
+        if self._next is None or (method, self.asked[method] - 1) != self._next[1:]:
+            return None
+        kind, self._next = self._next[0], None
+        self.faults[method, kind] += 1
+        return kind
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FaultyStore
@@ -45,8 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.fault(self.command)
-        if fault == "refused":
-            self.send_response(503)
+        if fault in ("refused", "conflict"):
+            self.send_response(503 if fault == "refused" else 409)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -77,7 +100,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def faulty(upstream: str, share: float, seed: int = 0) -> Iterator[FaultyStore]:
     """A store before another for the duration of a `with` block."""
-    server = FaultyStore(upstream, share, seed)
+    with serving(FaultyStore(upstream, share, seed)) as server:
+        yield server
+
+
+@contextmanager
+def serving(server: Any) -> Iterator[Any]:
+    """A store that answers for the duration of a `with` block."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server

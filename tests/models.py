@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.bundle import Bundle, read_info, save_bundle
+from mmray.bundle import Bundle, save_bundle
+from mmray.bundle_info import read_info
 from mmray.config import Config
 from mmray.config_file import parse_config
 from mmray.evaluate import Evaluation, SlicePredictor, measure_slices, plan_slices
 from mmray.model import FusionModel
 from mmray.options import ScoreConfig
 from mmray.preprocess.text import Vocabulary
-from mmray.score.commit import Output
+from mmray.score.commit import Manifest, Output
 from mmray.score.ledger import Ledger
 from mmray.score.plan import describe, make_plan
 from mmray.score.worker import SliceScorer
@@ -115,7 +116,8 @@ def score_in_process(
         scorer.score(piece)
     if len(todo) > stop_after:
         return Ledger()
-    return target.finalize(plan, [target.receipt(plan.hash, piece) for piece in plan.slices], options.max_error_rate)
+    manifest = Manifest.of(target.receipts(plan.hash, plan.slices))
+    return target.finalize(plan, manifest, options.max_error_rate)
 
 
 def evaluate_in_process(bundle: str, table: str, split: str | None = None, by: str | None = None) -> Evaluation:

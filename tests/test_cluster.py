@@ -1,9 +1,12 @@
 """Scoring on a real Ray cluster: interruptions, hostile rows, and what one process gives."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,14 +90,20 @@ def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
 ) -> None:
     output = tmp_path / "out"
     command = ["score", bundle, str(rows), str(output), "--slice-rows", "1", "--actors", "2"]
-    for kill in (signal.SIGINT, signal.SIGKILL):
+    for kill, code in ((signal.SIGINT, 130), (signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)):
         before = num_parts(output)
-        with subprocess.Popen([*COMMAND, *command], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
+        with started(command) as process:
             wait_for(lambda: num_parts(output) > before or process.poll() is not None)  # noqa: B023
-            process.send_signal(kill)
+            if kill is signal.SIGINT:
+                os.killpg(process.pid, kill)  # as a terminal does
+            else:
+                process.send_signal(kill)
             _, errors = process.communicate()
-        assert process.returncode == (130 if kill is signal.SIGINT else -kill), errors
+        assert process.returncode == code, errors
         assert "Traceback" not in errors
+        if kill is not signal.SIGKILL:
+            assert "the same command continues" in errors.splitlines()[-1]
+            assert not list((output / "_mmray" / "attempts").iterdir()), "what was at work was done"
         assert before < num_parts(output) < 240, "it was stopped in the middle"
         assert not (output / "_SUCCESS").exists()
     committed = num_parts(output)
@@ -105,12 +114,52 @@ def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     assert mmray("verify", output, "--level", "2").returncode == 0
 
 
+def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_when_it_goes_on(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = ["score", bundle, str(rows), str(output), "--slice-rows", "1", "--actors", "2", "--stuck-after", "5"]
+    with started(command) as process:
+        wait_for(lambda: num_parts(output) or process.poll() is not None)
+        stopped = stop_one(output)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert num_parts(output) == 240
+    with suppress(ProcessLookupError):  # its cluster has ended it
+        os.kill(stopped, signal.SIGCONT)
+    assert mmray("verify", output, "--level", "2").returncode == 0
+
+
+def stop_one(output: Path) -> int:
+    """Stops a process in the middle of a slice, and returns its id."""
+    while True:
+        for attempt in output.glob("_mmray/attempts/*"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                pid = int(attempt.read_text().split()[2])
+                os.kill(pid, signal.SIGSTOP)
+                if attempt.exists():
+                    return pid
+                os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process group of its own, killed where it does not end."""
+    with subprocess.Popen(
+        [*COMMAND, *command], stderr=subprocess.PIPE, text=True, env=ALONE, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_a_finished_run_answers_without_ray_or_a_model(rows: Path, bundle: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     score_in_process(bundle, str(rows), str(output), ScoreConfig())
     code = (
         "import sys; from mmray.cli import main; code = main(['score', *sys.argv[1:]]); "
-        "assert 'ray' not in sys.modules and 'mmray.score.worker' not in sys.modules; sys.exit(code)"
+        "assert not {'ray', 'torch'} & set(sys.modules); sys.exit(code)"
     )
     run = subprocess.run([sys.executable, "-c", code, bundle, str(rows), str(output)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -118,6 +118,16 @@ def test_there_are_ready_recipes() -> None:
     assert {path.stem for path in RECIPES} >= {"article", "openclipart", "pretrained", "regression"}
 
 
+def test_a_setting_of_the_usual_kind_needs_no_kind(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[table]\ntrain = "t"\n')
+    config = load_config(str(path), ["model.text_encoder.pooling=max", "model.fusion.alpha=gated"])
+    assert (config.model.text_encoder.kind, config.model.fusion.kind) == ("lstm", "weighted_sum")
+    assert config.model_dump()["model"]["text_encoder"]["pooling"] == "max"
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.fusion\.alfa'; did you mean 'alpha'"):
+        load_config(str(path), ["model.fusion.alfa=gated"])
+
+
 def test_another_kind_on_the_command_line_leaves_behind_what_only_the_old_one_had(tmp_path: Path) -> None:
     recipe = str(Path(__file__).parents[1] / "jobs" / "configs" / "openclipart.toml")
     config = load_config(recipe, ["model.fusion.kind=concat", "model.text_encoder.kind=gru"])

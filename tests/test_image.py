@@ -118,6 +118,56 @@ def test_the_first_frame_of_an_animation_counts() -> None:
     assert difference(decoded(data), frames[0]) <= 2
 
 
+def animated_png(first: Image.Image) -> bytes:
+    frames = [Image.new(first.mode, first.size, colour) for colour in ("red", "green")]
+    return encoded(first, "PNG", save_all=True, append_images=frames, default_image=True)
+
+
+def test_the_first_frame_of_an_animated_png_counts() -> None:
+    data = animated_png(gradient("RGBA"))
+    assert b"acTL" in data
+    assert difference(decoded(data), gradient()) <= 2
+
+
+def test_a_damaged_frame_of_an_animated_png_costs_no_process() -> None:
+    data = animated_png(gradient("RGBA"))
+    start = data.index(b"fdAT")
+    length = struct.unpack(">I", data[start - 4 : start])[0]
+    # A filter that no PNG has: OpenCV's decoder of animations goes on in a frame of the stack that is gone.
+    body = data[start + 4 : start + 8] + zlib.compress(b"\x09" * (64 * 257))
+    chunk = struct.pack(">I", len(body)) + b"fdAT" + body + struct.pack(">I", zlib.crc32(b"fdAT" + body))
+    damaged = data[: start - 4] + chunk + data[start + 8 + length :]
+    code = (
+        "import sys; from mmray.config import ImageConfig; from mmray.preprocess.image import decode_image\n"
+        "print(decode_image(sys.stdin.buffer.read(), ImageConfig(size=32)).shape)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], input=damaged, capture_output=True)
+    assert (run.returncode, run.stdout.decode().strip()) == (0, "(32, 32, 3)")
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(256, 3), (256, 4), (257, 4), (256, 16)])
+def test_a_tiff_that_gives_two_sizes_does_not_pass_by_the_smaller(tag: int, kind: int) -> None:
+    data = bytearray(encoded(Image.new("RGB", (400, 400)), "TIFF"))
+    start = struct.unpack_from("<I", data, 4)[0]
+    entries = struct.unpack_from("<H", data, start)[0]
+    found = [start + 2 + 12 * k for k in range(entries)]
+    other = next(at for at in found if struct.unpack_from("<H", data, at)[0] not in (256, 257, 258, 273, 277, 279))
+    struct.pack_into("<HHII", data, other, tag, kind, 1, 4)
+    result = decode_image(bytes(data), ImageConfig(size=32, max_pixels=100_000))
+    assert isinstance(result, Fault)
+    assert result.reason in (Reason.TOO_MANY_PIXELS, Reason.DECODE_ERROR)
+
+
+def test_nothing_is_read_behind_the_end_of_a_png() -> None:
+    whole = encoded(gradient(), "PNG")
+    start = whole.index(b"IDAT") - 4
+    bomb = whole[:start] + b"\0\0\0\0IEND\xaeB`\x82" + b"\xff\xff\xff\xffIDAT" + whole[start + 8 :]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert reason(bomb) is Reason.DECODE_ERROR
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+    assert (decoded(whole + bomb[8:]) == decoded(whole)).all()
+
+
 def test_photographs_decode_alike_at_reduced_and_at_full_scale(shared: Path) -> None:
     measured = 0
     for path in sorted((shared / "data" / "photos").glob("*.jpg")):

@@ -1,10 +1,14 @@
 """Commit, resume and verify, without a cluster: the scorer is a plain callable."""
 
+import hashlib
 import json
 import os
 import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
 
+from mmray.cli import main
 from mmray.errors import (
     ConfigError,
     EnvironmentFaultError,
@@ -22,14 +27,15 @@ from mmray.errors import (
     VerifyError,
 )
 from mmray.options import ScoreConfig
-from mmray.score.commit import Output, part_key
+from mmray.score.commit import Manifest, Output, part_key
 from mmray.score.job import score_table
-from mmray.score.plan import make_plan
+from mmray.score.plan import describe, make_plan
 from mmray.score.problems import problems
+from mmray.score.rescore import sample_rows
 from mmray.score.verify import verify_output
 from mmray.score.worker import SliceScorer
-from mmray.slices import read_slice
-from mmray.store import open_store
+from mmray.slices import Slice, read_slice
+from mmray.store import LocalStore, open_store
 
 OPTIONS = ScoreConfig(precision="fp32", slice_rows=25)
 
@@ -156,7 +162,7 @@ def test_an_input_that_changes_during_the_run_withholds_success(bundle: str, out
     receipts = [scorer.score(piece) for piece in plan.slices]
     os.utime(folder / "part-0.parquet", ns=(1, 1))
     with pytest.raises(EnvironmentFaultError, match="changed while it was being scored"):
-        target.finalize(plan, receipts, 1.0)
+        target.finalize(plan, Manifest.of(receipts), 1.0)
     assert target.success() is None
 
 
@@ -312,3 +318,95 @@ def test_an_output_that_lost_its_account_does_not_verify(rows: Path, bundle: str
     assert not verify_output(output, 0).passed
     file.unlink()
     assert not verify_output(output, 0).passed
+
+
+def test_rows_drawn_at_random_get_the_same_scores_again(
+    rows: Path, bundle: str, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score_in_process(bundle, str(rows), output, OPTIONS)
+    assert main(["verify", output, "--level", "3", "--sample", "50", "--seed", "7", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["level"], report["checks"]["rows scored again"]) == (True, 3, 50)
+    part = sorted(Path(output, "data").iterdir())[2]
+    table, size = pq.read_table(part), part.stat().st_size
+    scores = table["score"].to_pylist()
+    scores[4] += 0.01
+    index = table.schema.get_field_index("score")
+    table = table.set_column(index, "score", pa.array(scores))
+    pq.write_table(table, part, compression="zstd", write_page_checksum=True)
+    keep_size(output, part, size)
+    assert verify_output(output, 2).passed, "what another model might have said"
+    assert main(["verify", output, "--level", "3", "--json"]) == 4
+    printed = capsys.readouterr()
+    (found,) = json.loads(printed.out)["mismatches"]
+    assert found.startswith(f"1 rows get other scores now: data/{part.name}:4: score {scores[4]:.6f}, scored again ")
+    assert found in printed.err
+    saved_bundle(tmp_path / "other", rows, seed=1)
+    assert main(["verify", output, "--level", "3", "--bundle", str(tmp_path / "other")]) == 2
+    assert "is of another model" in capsys.readouterr().err
+
+
+def keep_size(output: str, part: Path, before: int) -> None:
+    """Makes the manifest give the size that a file has now, and `_SUCCESS` the manifest."""
+    (path,) = Path(output, "_mmray").glob("manifest-*")
+    manifest = pq.read_table(path)
+    sizes = [
+        part.stat().st_size if key.endswith(part.name) else size
+        for key, size in zip(manifest["key"].to_pylist(), manifest["size"].to_pylist(), strict=True)
+    ]
+    assert before in manifest["size"].to_pylist()
+    pq.write_table(manifest.set_column(2, "size", pa.array(sizes)), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.rename(path.with_name(f"manifest-{digest[:8]}.parquet"))
+    success = Path(output, "_SUCCESS")
+    success.write_text(json.dumps({**json.loads(success.read_text()), "manifest": digest}))
+
+
+def test_rows_are_drawn_evenly_and_the_same_by_the_same_seed() -> None:
+    slices = [Slice(k, "rows.parquet", "1", 0, 1 + k % 3) for k in range(600)]
+    drawn = sample_rows(slices, 600, seed=1)
+    assert drawn == sample_rows(slices, 600, seed=1) != sample_rows(slices, 600, seed=2)
+    assert sum(len(set(some)) for some in drawn.values()) == 600
+    assert all(0 <= row < slices[k].num_rows for k, some in drawn.items() for row in some)
+    assert 150 < len([k for k in drawn if k < 300]) <= 300
+    everything = sample_rows(slices, 10**6, seed=1)
+    assert [len(everything[k]) for k in range(600)] == [piece.num_rows for piece in slices]
+
+
+def test_to_resume_costs_one_listing_and_of_each_slice_that_is_there_its_footer(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, slices = tmp_path / "many", 60
+    folder.mkdir()
+    nothing = pa.table({name: pa.nulls(slices) for name in ("image_path", "text")})
+    pq.write_table(nothing, folder / "rows.parquet", row_group_size=1)
+    options, output = OPTIONS.model_copy(update={"slice_rows": 1}), str(tmp_path / "out")
+    plan = make_plan(bundle, str(folder), options)
+    assert len(plan.slices) == slices
+    target = Output(output)
+    target.claim(plan, describe(plan, bundle, str(folder)))
+    scorer = SliceScorer(bundle, output, plan.hash, plan.image_roots, options)
+    for piece in plan.slices:
+        scorer.score(piece)
+    asked: Counter[str] = Counter()
+
+    def counted(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asking(store: LocalStore, *arguments: Any) -> Any:
+            asked[name] += 1
+            return ask(store, *arguments)
+
+        return asking
+
+    for name in ("create", "delete", "read", "open", "list"):
+        monkeypatch.setattr(LocalStore, name, counted(name, getattr(LocalStore, name)))
+    result = score_table(bundle, str(folder), output, options)
+    assert (result.scored_slices, result.ledger.rows) == (0, slices)
+    # The bundle, the table's footer; run.json, the plan, the listing; each slice's footer; attempts; the account.
+    assert asked["open"] - asked["read"] == slices + 1, "a whole file is opened to be read"
+    assert asked["list"] <= 3
+    assert asked["create"] <= 4
+    assert asked["read"] <= 4
+    assert asked["delete"] == 0
+    asked.clear()
+    assert score_table(bundle, str(folder), output, options).scored_slices == 0
+    assert asked["open"] - asked["read"] == 1, "a finished run reads no slice"

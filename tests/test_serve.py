@@ -3,8 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import datetime
-import ipaddress
 import os
 import random
 import re
@@ -24,10 +22,6 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from models import colour_table, saved_bundle, score_in_process
 from processes import ALONE
 from ray import serve
@@ -255,21 +249,6 @@ def pids(words: str) -> set[int]:
     while more := {int(pid) for pid, parent, _ in found if int(parent) in family} - family:
         family |= more
     return {int(pid) for pid, _, command in found if int(pid) in family and words in command}
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate of this test's own for 127.0.0.1, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    signed = builder.add_extension(alternative, critical=False).sign(key, hashes.SHA256())
-    (folder / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    formats = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "key.pem").write_bytes(key.private_bytes(*formats))
-    return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
 def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(

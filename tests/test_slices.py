@@ -179,3 +179,12 @@ def test_a_slice_of_a_large_row_group_takes_the_memory_of_the_slice(tmp_path: Pa
     rows = read_slice(pieces[20])
     assert rows["image"].to_pylist() == cells[2000:2100]
     assert pa.total_allocated_bytes() - before < 4 * 100 * 20_000
+
+
+def test_a_pipe_among_the_files_of_a_table_is_named_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    write(tmp_path / "rows" / "a.parquet", rows=3)
+    os.mkfifo(tmp_path / "rows" / "b.parquet")
+    with pytest.raises(
+        TableError, match=r"1 of 2 files are not readable parquet:\n.*b\.parquet.* device, pipe or socket"
+    ):
+        open_table(str(tmp_path / "rows"))

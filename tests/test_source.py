@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmray.errors import EnvironmentFaultError
 from mmray.source import ImageSource
 from mmray.store import open_store
 from mmray.table import Fault, Reason
@@ -100,6 +101,39 @@ def test_a_circle_of_links_is_no_file(root: Path) -> None:
     (root / "x").symlink_to("y")
     (root / "y").symlink_to("x")
     assert reason(ImageSource([str(root)], CAP).read("x")) is Reason.MISSING
+
+
+@pytest.mark.parametrize("swapped", ["sub", "sub/b.jpg"])
+def test_what_is_swapped_for_a_link_after_it_was_resolved_is_not_followed(
+    root: Path, tmp_path: Path, swapped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"outside")
+    source, resolve = ImageSource([str(root)], CAP), os.path.realpath
+
+    def resolve_and_swap(path: str) -> str:
+        found = resolve(path)
+        (root / swapped).rename(root / "old")
+        (root / swapped).symlink_to(tmp_path / "elsewhere" / Path(swapped).relative_to("sub"))
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", resolve_and_swap)
+    assert reason(source.read("sub/b.jpg")) is Reason.MISSING
+
+
+def test_a_root_that_is_not_there_is_no_fault_of_the_rows(root: Path) -> None:
+    with pytest.raises(EnvironmentFaultError, match=r"cannot open the image root .*nothing: No such file"):
+        ImageSource([str(root / "nothing")], CAP)
+
+
+def test_roots_and_files_are_closed_again(root: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        source = ImageSource([str(root)], CAP)
+        for name in ("a.jpg", "sub/b.jpg", "sub", "sub/nothing/x.jpg", "a.jpg/x"):
+            source.read(name)
+    del source
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_devices_pipes_sockets_and_folders_are_refused_without_waiting(root: Path) -> None:

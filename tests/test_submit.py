@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,16 @@ SUBMIT = (sys.executable, "-m", "mmray.cli", "submit")
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with running_head() as head:
+def store() -> Iterator["Store"]:
+    with Store() as store:
+        threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True).start()
+        yield store
+        store.shutdown()
+
+
+@pytest.fixture(scope="module")
+def head(store: "Store") -> Iterator[Head]:
+    with running_head(**store.env) as head:
         wait_for(head.answers)
         yield head
 
@@ -76,26 +87,51 @@ def await_note(process: subprocess.Popen[str], words: str) -> None:
     assert words in process.stderr.readline()
 
 
+class Store(ThreadingHTTPServer):
+    """A bucket that lets whoever reads a configuration wait until it may have it."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Reading)
+        self.asked, self.may_answer = dict[str, threading.Event](), dict[str, threading.Event]()
+        self.env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.server_address[1]}", "AWS_ALLOW_HTTP": "true"}
+        self.env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
+
+
+class Reading(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        store = self.server
+        assert isinstance(store, Store)
+        store.asked[self.path].set()
+        store.may_answer[self.path].wait()
+        content = b'trian = "x"'
+        self.send_response(200)
+        for name, value in (
+            ("Content-Length", len(content)),
+            ("ETag", '"1"'),
+            ("Last-Modified", formatdate(usegmt=True)),
+        ):
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class Waiting:
     """A command that waits until it is told to go on, and then exits with 2."""
 
-    def __init__(self, folder: Path) -> None:
-        self._fifo = folder / "run.toml"
-        os.mkfifo(self._fifo)
-        self.words = ["train", str(self._fifo)]
+    def __init__(self, store: Store) -> None:
+        key = f"/waiting/{secrets.token_hex(4)}.toml"
+        self._asked, self.may_answer = store.asked[key], store.may_answer[key] = threading.Event(), threading.Event()
+        self.words = ["train", f"s3:/{key}"]
 
     def go_on(self) -> None:
         """Returns when the command has run so far that it has heard."""
-
-        def heard() -> bool:
-            with suppress(OSError):  # nobody reads yet
-                fifo = os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK)
-                os.write(fifo, b'trian = "x"')
-                os.close(fifo)
-                return True
-            return False
-
-        wait_for(heard)
+        assert self._asked.wait(120)
+        self.may_answer.set()
 
     def pid(self) -> int:
         """The process that runs it, once it does."""
@@ -110,8 +146,10 @@ class Waiting:
 
 
 @pytest.fixture
-def waiting(tmp_path: Path) -> Waiting:
-    return Waiting(tmp_path)
+def waiting(store: Store) -> Iterator[Waiting]:
+    waiting = Waiting(store)
+    yield waiting
+    waiting.may_answer.set()
 
 
 class Door(socketserver.ThreadingTCPServer):
@@ -288,7 +326,7 @@ def kill_supervisor(head: Head, job_id: str, waiting: Waiting) -> None:
     os.kill(int(subprocess.run(parent, capture_output=True, text=True, check=True).stdout), signal.SIGKILL)
 
 
-def test_a_job_that_was_stopped_or_died_has_no_exit_code_and_gets_one(head: Head, tmp_path: Path) -> None:
+def test_a_job_that_was_stopped_or_died_has_no_exit_code_and_gets_one(head: Head, store: Store) -> None:
     ends: Mapping[Callable[[Head, str, Waiting], None], tuple[int, str]] = {
         stop: (130, "was stopped; the same command starts it again"),
         kill: (5, "died: Job entrypoint command failed with exit code -9"),
@@ -296,8 +334,7 @@ def test_a_job_that_was_stopped_or_died_has_no_exit_code_and_gets_one(head: Head
     }
 
     def ended(end: Callable[[Head, str, Waiting], None]) -> tuple[int, str]:
-        (tmp_path / end.__name__).mkdir()
-        waiting = Waiting(tmp_path / end.__name__)
+        waiting = Waiting(store)
         with submitting(head, "--id", end.__name__, "--", *waiting.words) as process:
             waiting.pid()
             end(head, end.__name__, waiting)

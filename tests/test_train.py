@@ -29,19 +29,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return colour_table(tmp_path_factory.mktemp("rows"), rows=240)
 
 
-RUNS: dict[str, dict[str, Any]] = {
-    "multilabel-gru-concat-one-or-two-workers": {
-        "table": {"label_column": "both"},
-        "task": {"kind": "multilabel"},
-        "model": {"text_encoder": {"kind": "gru", "hidden_dim": 8}, "fusion": {"kind": "concat"}},
-        "train": {"num_workers": [1, 2], "accumulation": 2},
-    },
-    "regression-rnn-conv-streamed": {
-        "table": {"label_column": "value"},
-        "task": {"kind": "regression", "loss": "mse", "beta": 2.0},
-        "model": {"text_encoder": {"kind": "rnn", "hidden_dim": 8}, "fusion": {"kind": "conv"}},
-        "train": {"cache_bytes": 0},
-    },
+MULTILABEL: dict[str, Any] = {
+    "table": {"label_column": "both"},
+    "task": {"kind": "multilabel"},
+    "model": {"text_encoder": {"kind": "gru", "hidden_dim": 8}, "fusion": {"kind": "concat"}},
+    "train": {"num_workers": 2, "accumulation": 2, "shard": True},
+}
+REGRESSION: dict[str, Any] = {
+    "table": {"label_column": "value"},
+    "task": {"kind": "regression", "loss": "mse", "beta": 2.0},
+    "model": {"text_encoder": {"kind": "rnn", "hidden_dim": 8}, "fusion": {"kind": "conv"}},
+    "train": {"cache_bytes": 0, "num_workers": [1, 2]},
 }
 # Trained until they are interrupted: with chance in every place that has some.
 BINARY: dict[str, Any] = {
@@ -64,11 +62,11 @@ def run_config(rows: Path, storage: Path, name: str, **sections: Any) -> Any:
     return small_config(table=table, model=model, train=train, **sections)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_what_is_trained_scores(ray_cluster: None, rows: Path, tmp_path: Path, name: str) -> None:
-    config = run_config(rows, tmp_path, name, **{key: dict(value) for key, value in RUNS[name].items()})
+def test_a_table_that_does_not_fit_in_memory_is_streamed_and_what_it_teaches_scores(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
     seen: list[dict[str, Any]] = []
-    result = train_model(config, on_epoch=seen.append)
+    result = train_model(run_config(rows, tmp_path, "streamed", **REGRESSION), on_epoch=seen.append)
     assert [entry["epoch"] for entry in result.history] == [1, 2, 3]
     assert seen == result.history
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
@@ -77,7 +75,11 @@ def test_what_is_trained_scores(ray_cluster: None, rows: Path, tmp_path: Path, n
     assert loaded.golden.num_rows == 10
     assert loaded.metrics["train_rows"] + loaded.metrics["validation_rows"] == 240
     assert loaded.metrics["unlabelled_rows"] == loaded.metrics["unlabelled_validation_rows"] == 0
-    ledger = score_in_process(result.bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
+    assert_it_scores(result.bundle, rows, tmp_path)
+
+
+def assert_it_scores(bundle: str, rows: Path, tmp_path: Path) -> None:
+    ledger = score_in_process(bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
     assert ledger.statuses == {"ok": 240}
     assert verify_output(str(tmp_path / "out"), 2).passed
 
@@ -118,6 +120,22 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     assert resumed.trained_epochs == 1
     assert resumed.history == whole.history
     assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
+
+
+def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weights(
+    ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    whole = train_model(run_config(rows, tmp_path, "run", **MULTILABEL))
+    for lost in [*(tmp_path / "run" / "bundle").iterdir(), tmp_path / "run/checkpoints/epoch-000003.safetensors"]:
+        lost.unlink()
+    copies = {**MULTILABEL, "train": {**MULTILABEL["train"], "shard": False}}
+    resumed = train_model(run_config(rows, tmp_path, "run", **copies))
+    assert resumed.trained_epochs == 1
+    assert resumed.history[:2] == whole.history[:2]
+    for name, value in whole.history[2].items():
+        assert resumed.history[2][name] == (None if value is None else pytest.approx(value, rel=1e-3)), name
+    assert resumed.history[2]["train_loss"] != pytest.approx(whole.history[1]["train_loss"], rel=1e-2)
+    assert_it_scores(resumed.bundle, rows, tmp_path)
 
 
 def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path, tmp_path: Path) -> None:

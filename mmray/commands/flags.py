@@ -13,7 +13,12 @@ S = TypeVar("S", bound=Section)
 
 def add_columns(parser: Any) -> None:
     """Adds where images and texts are."""
-    parser.add_argument("--image-root", action="append", metavar="DIR", help="where images may lie; repeatable")
+    parser.add_argument(
+        "--image-root",
+        action="append",
+        metavar="DIR",
+        help="a folder, URI or https://HOST with images; repeatable",
+    )
     parser.add_argument("--image-column", metavar="C", help="default: the one trained on")
     parser.add_argument("--text-column", metavar="C", help="default: the one trained on")
 

@@ -29,7 +29,7 @@ def _add_serve(commands: Any) -> None:
         "--image-root",
         action="append",
         metavar="DIR",
-        help="let requests name images in this folder; repeatable (default: uploads only)",
+        help="let requests name images in this folder or beneath this URL; repeatable (default: uploads only)",
     )
     serve.add_argument("--max-items", type=int, metavar="N", help="most items in a request (default: 64)")
     serve.add_argument("--tls-cert", metavar="PEM", help="answer over HTTPS, with this certificate")

@@ -23,13 +23,14 @@ def register(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="train, evaluate, score, verify and report on real data, in two minutes")
     demo.add_argument("--dir", default="mmray-demo", help="folder to work in (default: %(default)s)")
+    _add_set(demo)
     demo.set_defaults(run=_demo)
 
 
 def _demo(args: argparse.Namespace) -> None:
     from mmray.demo.run import run_demo
 
-    run_demo(args.dir)
+    run_demo(args.dir, args.set)
 
 
 def _add_train(commands: Any) -> None:
@@ -47,6 +48,10 @@ def _add_train(commands: Any) -> None:
 
 def _add_config(parser: Any) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="settings; relative paths are relative to this folder")
+    _add_set(parser)
+
+
+def _add_set(parser: Any) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: --set train.epochs=3"
     )

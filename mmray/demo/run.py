@@ -6,7 +6,7 @@ Reads `clipart.parquet` beside this file -> gives a folder to look around in; no
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -31,8 +31,12 @@ SCORED_FILES = 4
 MARKER = ".mmray-demo"  # a folder without it is not ours to empty
 
 
-def run_demo(folder: str) -> None:
+def run_demo(folder: str, settings: Sequence[str] = ()) -> None:
     """Runs every step in a folder, which is emptied first if an earlier demo made it.
+
+    Args:
+        folder: to work in.
+        settings: of the recipe, in place of its own: `section.key=value`.
 
     Raises:
         ConfigError: the folder holds something else.
@@ -43,7 +47,7 @@ def run_demo(folder: str) -> None:
         unpack(root)
     with cluster():
         with _timed("train", seconds, console):
-            trained = _train(root, console)
+            trained = _train(demo_config(root, settings), console)
         with _timed("evaluate", seconds, console):
             evaluation = evaluate_bundle(trained.bundle, str(root / "clipart"), split="test")
         with _timed("score", seconds, console):
@@ -93,11 +97,11 @@ def _write_listings(folder: Path, rows: pa.Table, images: Path) -> None:
         pq.write_table(part, folder / f"part-{k}.parquet")
 
 
-def demo_config(root: Path) -> Config:
+def demo_config(root: Path, settings: Sequence[str] = ()) -> Config:
     """Returns the demo's recipe, for a folder that `unpack` filled."""
     with as_file(files("mmray.demo") / "demo.toml") as recipe:
         overrides = [f"table.train={root / 'clipart'}", f"train.storage={root / 'runs'}", "train.name=demo"]
-        return load_config(str(recipe), overrides)
+        return load_config(str(recipe), [*settings, *overrides])
 
 
 def _fresh_folder(folder: str) -> Path:
@@ -121,14 +125,14 @@ def _timed(stage: str, seconds: dict[str, float], console: Console) -> Iterator[
     seconds[stage] = time.perf_counter() - started
 
 
-def _train(root: Path, console: Console) -> TrainResult:
+def _train(config: Config, console: Console) -> TrainResult:
     def show(entry: dict[str, float]) -> None:
         console.print(
             f"  epoch {entry['epoch']:>2}  loss {entry['train_loss']:.3f}  validation accuracy {entry['accuracy']:.3f}"
             f"  image weight {entry['image_weight']:.2f}"
         )
 
-    return train_model(demo_config(root), on_epoch=show)
+    return train_model(config, on_epoch=show)
 
 
 def _report(

@@ -63,6 +63,11 @@ class FusionModel(nn.Module):
             target_std=target_std,
         )
 
+    @property
+    def encoders(self) -> nn.ModuleDict:
+        """Modality -> encoder: where most of the weights are."""
+        return self._encoders
+
     def forward(self, arrays: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
         """Returns logits [B, K]."""
         return self.fuse(self.encode(arrays), self.withhold(present))

@@ -69,7 +69,7 @@ def _stack(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
 class Preprocessor:
     """Turns cells into features. Thread-safe."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     """Part of every bundle's fingerprint: raised when the same cells give other arrays."""
 
     def __init__(

@@ -53,17 +53,31 @@ def _jpeg(data: bytes) -> Header:
     return Header("jpeg", width, height, False, data.find(b"\xff\xd9", position) >= 0)
 
 
+def plain_png(data: bytes) -> bytes:
+    """Returns a PNG as far as its end, without the chunks of an animation: what viewers that know of none show."""
+    chunks = _png_chunks(data)
+    kept = [part for kind, part in chunks if kind not in _ANIMATION]
+    if len(kept) == len(chunks) and chunks[-1][1].stop >= len(data):
+        return data
+    return data[:8] + b"".join(data[part] for part in kept)
+
+
 def _png(data: bytes) -> Header:
     width, height, _, color = struct.unpack_from(">IIBB", data, 16)
-    position, alpha, complete = 8, color in (4, 6), False
-    while position + 8 <= len(data):
+    chunks = _png_chunks(data)
+    kinds = {kind for kind, _ in chunks}
+    complete = b"IEND" in kinds and chunks[-1][1].stop <= len(data) + 4
+    return Header("png", width, height, color in (4, 6) or b"tRNS" in kinds, complete)
+
+
+def _png_chunks(data: bytes) -> list[tuple[bytes, slice]]:
+    """Returns the kind of each chunk and where it stands, as far as IEND."""
+    position, chunks = 8, list[tuple[bytes, slice]]()
+    while position + 8 <= len(data) and not (chunks and chunks[-1][0] == b"IEND"):
         length, kind = struct.unpack_from(">I4s", data, position)
-        alpha |= kind == b"tRNS"
-        complete = kind == b"IEND"
+        chunks.append((kind, slice(position, position + 12 + length)))
         position += 12 + length
-        if complete:
-            break
-    return Header("png", width, height, alpha, complete and position <= len(data) + 4)
+    return chunks
 
 
 def _webp(data: bytes) -> Header:
@@ -117,10 +131,14 @@ def _tiff(data: bytes) -> Header:
     tags: dict[int, int] = {}
     for k in range(struct.unpack_from(order + "H", data, start)[0]):
         tag, kind, _ = struct.unpack_from(order + "HHI", data, start + 2 + 12 * k)
-        tags[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, start + 10 + 12 * k)[0]
+        value = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, start + 10 + 12 * k)[0]
+        if tag in (256, 257) and kind not in (3, 4):  # by other types, decoders read it from elsewhere
+            return Header("tiff", 0, 0, False, True)
+        tags[tag] = max(tags.get(tag, 0), value)  # of a size that is there twice, decoders take one or the other
     return Header("tiff", tags.get(256, 0), tags.get(257, 0), 338 in tags, True)
 
 
+_ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 _PARSERS: dict[bytes, Callable[[bytes], Header]] = {
     b"\xff\xd8\xff": _jpeg,
     b"\x89PNG\r\n\x1a\n": _png,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mmray.config import ImageConfig
 from mmray.errors import ConfigError
-from mmray.preprocess.header import Header, read_header
+from mmray.preprocess.header import Header, plain_png, read_header
 from mmray.table import Fault, Reason, fault
 
 try:
@@ -51,6 +51,9 @@ def decode_image(data: bytes, config: ImageConfig) -> NDArray[np.uint8] | Fault:
     if refused is not None:
         return refused
     assert header is not None
+    # OpenCV's decoder of animated PNGs goes astray in memory where a frame is damaged (opencv/opencv#27744), and of one
+    # without pixels it reads on behind the end, for as many bytes as it finds a chunk to have there: up to 4 GiB.
+    data = plain_png(data) if header.format == "png" else data
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _flags(header, config.size))
         if pixels is None or not pixels.size:

@@ -67,7 +67,7 @@ def tick(
         root: folder or URI for runs and published lists.
         options: how rows are scored; other options than last time score every row again.
         rules: what has to hold before something is published, and what is kept.
-        on_start: called with the plan of what is new and the number of slices that are there already.
+        on_start: called with the plan of what is new and the number of its rows that are there already.
         on_slice: called with the ledger of each slice as it is committed.
 
     Raises:
@@ -161,7 +161,7 @@ def _score(
     run = f"{RUNS}/{number:09d}-{plan.hash[:8]}"
     output = Output(open_store(root).child(run))
     score_plan(plan, bundle, table, output.uri, options, carry=carry, on_start=on_start, on_slice=on_slice)
-    receipts = ((piece, output.receipt(plan.hash, piece)) for piece in plan.slices)
+    receipts = zip(plan.slices, output.receipts(plan.hash, plan.slices), strict=True)
     return [Part(p.uri, p.first_row, p.num_rows, f"{run}/{r.key}", r.size, r.ledger) for p, r in receipts]
 
 

@@ -6,7 +6,9 @@ Its log lines are JSON, one a slice, in the log of its Ray worker: `event`, `run
 import json
 import logging
 import os
+import secrets
 import sys
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -17,12 +19,12 @@ import torch
 
 from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
-from mmray.score.commit import Receipt
+from mmray.score.commit import Receipt, receipts_to_arrow
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
 from mmray.score.watchdog import Watchdog
 from mmray.score.worker import Scored, SliceScorer
-from mmray.slices import Slice
+from mmray.slices import Slice, slices_from_arrow
 from mmray.table import Status
 
 _log = logging.getLogger(__name__)
@@ -38,9 +40,10 @@ class ScoringActor(SliceScorer):
         plan_hash: str,
         image_roots: tuple[str, ...],
         carry: Carry | None,
+        foreman: Any,
         options: ScoreConfig,
     ) -> None:
-        self._run = plan_hash[:8]
+        self._run, self._foreman = plan_hash[:8], foreman
         self._meters = ActorMeters(self._run)
         _log_to_stderr()
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -48,9 +51,26 @@ class ScoringActor(SliceScorer):
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
         arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
         self._watchdog = Watchdog(options.stuck_after_s)
+        self._here = threading.local()
         super().__init__(*arguments, carry=carry, on_stage=self._stage, feed_of=feed_of)
         node = ray.get_runtime_context().get_node_id()
         self._event("ready", node=node, fingerprint=self._predictor.bundle.fingerprint)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Scores slices, those that the foreman lets begin."""
+        receipts = [self._score_noted(piece) for piece in slices_from_arrow(rows)]
+        return receipts_to_arrow(receipt for receipt in receipts if receipt is not None)
+
+    def _score_noted(self, piece: Slice) -> Receipt | None:
+        attempt, me, receipt = secrets.token_hex(8), ray.get_runtime_context().current_actor, None
+        if not ray.get(self._foreman.begin.remote(attempt, piece.num_rows, me)):
+            return None
+        self._here.attempt = attempt
+        try:
+            receipt = self.score(piece)
+        finally:
+            self._foreman.end.remote(attempt, receipt is not None)
+        return receipt
 
     def score(self, piece: Slice) -> Receipt:
         """Scores, commits, counts and logs one slice."""
@@ -76,6 +96,7 @@ class ScoringActor(SliceScorer):
 
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         self._event("slice apart", slice=piece.index)
+        self._foreman.spare.remote(self._here.attempt)
         with self._watchdog.paused():  # its child is watched by itself
             return super()._score_apart(piece, rows)
 

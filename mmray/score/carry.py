@@ -8,18 +8,20 @@ A path stands for its image: who writes another image under an old path scores t
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmray.errors import EnvironmentFaultError, TableError
-from mmray.predictor import Predictor
 from mmray.slices import Slice
 from mmray.source import bytes_or_path
 from mmray.store import open_parent
 from mmray.table import Status, append_columns, cells, require_columns
+
+if TYPE_CHECKING:  # the driver plans with it, and needs no model
+    from mmray.predictor import Predictor
 
 MAX_FILES = 4  # looked into for one slice, which bounds memory; keys in no order at all would lead to every file
 THREADS = 16
@@ -58,7 +60,7 @@ class Carry:
             found = pool.map(lambda file: _with_bounds(file, key), files)
             return cls(key, tuple(file for file in found if file is not None), only_ok)
 
-    def score(self, piece: Slice, rows: pa.Table, predictor: Predictor, score: Score) -> tuple[pa.Table, int]:
+    def score(self, piece: Slice, rows: pa.Table, predictor: "Predictor", score: Score) -> tuple[pa.Table, int]:
         """Returns the rows with the columns that scoring appends, as `Predictor.score` does, and how many were there.
 
         Args:
@@ -99,7 +101,7 @@ class Carry:
 
 def _with_bounds(file: ScoredFile, key: str) -> ScoredFile | None:
     store, name = open_parent(file.uri)
-    with store.open(name) as source, pq.ParquetFile(source) as parquet:
+    with store.open(name) as source, pq.ParquetFile(source, page_checksum_verification=True) as parquet:
         meta = parquet.metadata
         found = [
             column.statistics

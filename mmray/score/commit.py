@@ -16,7 +16,10 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -31,9 +34,14 @@ from mmray.store import open_parent, open_store
 METADATA_KEY = b"mmray"
 RUN, SUCCESS = "_mmray/run.json", "_SUCCESS"
 _PART = re.compile(r"data/part-(\d{9})-([0-9a-f]{8})\.parquet")
+RECEIPT = pa.schema(
+    {"slice": pa.int64(), "key": pa.string(), "size": pa.int64(), "deaths": pa.int64(), "ledger": pa.string()}
+)
+READS = 32  # footers at a time: a store takes its time for each
+READ_AHEAD = 1024  # of them at most wait to be taken
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What a committed slice holds, as its own footer says."""
 
@@ -46,6 +54,51 @@ class Receipt:
     """Whether this call wrote it; otherwise it was there."""
     deaths: int = 0
     """Processes that had died at it."""
+
+
+@dataclass
+class Manifest:
+    """Every slice with its size and ledger, and the sum. It keeps of each no more than it writes: there may be many."""
+
+    total: Ledger = field(default_factory=Ledger)
+    _rows: dict[int, tuple[str, int, int, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, receipts: Iterable[Receipt]) -> "Manifest":
+        """Lists what some receipts say."""
+        manifest = cls()
+        for receipt in receipts:
+            manifest.add(receipt)
+        return manifest
+
+    def add(self, receipt: Receipt) -> None:
+        """Lists a slice."""
+        assert receipt.slice not in self._rows, "each slice once"
+        ledger = receipt.ledger
+        self._rows[receipt.slice] = receipt.key, receipt.size, ledger.rows, json.dumps(ledger.to_dict())
+        self.total = Ledger.total([self.total, ledger])
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._rows
+
+    @property
+    def slices(self) -> list[int]:
+        """The slices listed, in order."""
+        return sorted(self._rows)
+
+    def to_parquet(self) -> bytes:
+        """Returns it as a parquet file, in order of the slices."""
+        keys, sizes, rows, ledgers = zip(*(self._rows[k] for k in self.slices), strict=True)
+        columns = {"slice": self.slices, "key": keys, "size": sizes, "rows": rows, "ledger": ledgers}
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        return buffer.getvalue()
+
+
+def note_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Returns what a slice's file says of itself, of the metadata of its footer or schema."""
+    note: dict[str, Any] = json.loads((metadata or {}).get(METADATA_KEY, b"{}"))
+    return note
 
 
 def part_key(plan_hash: str, index: int) -> str:
@@ -68,7 +121,9 @@ class Output:
         """
         owner = self.owner()
         if owner is None and self.store.list("data"):
-            raise OutputConflictError(f"{self.uri} has a data folder that mmray did not write; give an empty folder")
+            owner = self.owner()  # now and not before: another driver of this run may have begun in between
+            if owner is None:
+                raise OutputConflictError(f"{self.uri} has data that mmray did not write; give an empty folder")
         if owner is None and not self.store.create(RUN, json.dumps(description, indent=1).encode()):
             owner = self.owner()
         if owner is not None and owner["plan_hash"] != plan.hash:
@@ -122,33 +177,41 @@ class Output:
 
         Raises:
             OutputConflictError: the file is not this slice of this plan.
+            EnvironmentFaultError: it cannot be read.
         """
         key = part_key(plan_hash, piece.index)
         try:
-            entry = self.store.stat(key)
-            with self.store.open(key) as source, pq.ParquetFile(source) as file:
-                note = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-                rows = file.metadata.num_rows
+            with self.store.open(key) as source:
+                footer, size = pq.read_metadata(source), source.seek(0, io.SEEK_END)
+            note, rows = note_of(footer.metadata), footer.num_rows
         except (OSError, pa.ArrowException) as error:
+            if getattr(error, "errno", None):  # of the operating system, not of who understands parquet
+                raise EnvironmentFaultError(f"cannot read {self.store.child(key)}: {error}; run again") from error
             raise OutputConflictError(f"{self.store.child(key)} is not a file that mmray wrote: {error}") from None
-        if entry is None or (note.get("plan_hash"), note.get("slice"), rows) != (
-            plan_hash,
-            piece.index,
-            piece.num_rows,
-        ):
+        if (note.get("plan_hash"), note.get("slice"), rows) != (plan_hash, piece.index, piece.num_rows):
             raise OutputConflictError(f"{self.store.child(key)} does not hold slice {piece.index} of this run")
-        return Receipt(piece.index, key, entry.size, Ledger.from_dict(note["ledger"]))
+        return Receipt(piece.index, key, size, Ledger.from_dict(note["ledger"]))
 
-    def finalize(self, plan: Plan, receipts: list[Receipt], max_error_rate: float) -> Ledger:
+    def found(self, plan_hash: str, piece: Slice) -> Receipt | None:
+        """Returns the receipt of a slice if it is committed; raises as `receipt` does."""
+        there = self.store.stat(part_key(plan_hash, piece.index)) is not None
+        return self.receipt(plan_hash, piece) if there else None
+
+    def receipts(self, plan_hash: str, slices: Sequence[Slice]) -> Iterator[Receipt]:
+        """Yields the receipts of committed slices in their order, several read at a time; raises as `receipt` does."""
+        with ThreadPoolExecutor(READS) as pool:
+            for k in range(0, len(slices), READ_AHEAD):
+                yield from pool.map(partial(self.receipt, plan_hash), slices[k : k + READ_AHEAD])
+
+    def finalize(self, plan: Plan, manifest: "Manifest", max_error_rate: float) -> Ledger:
         """Checks that every slice is there once and the rows add up, then creates the manifest and `_SUCCESS`.
 
         Raises:
             ErrorBudgetError: more rows failed than allowed; the data stays, `_SUCCESS` is withheld.
             EnvironmentFaultError: the input changed since the plan was made.
         """
-        receipts = sorted(receipts, key=lambda receipt: receipt.slice)
-        assert [r.slice for r in receipts] == [s.index for s in plan.slices], "each slice once"
-        total = Ledger.total(receipt.ledger for receipt in receipts)
+        assert manifest.slices == [s.index for s in plan.slices], "each slice once"
+        total = manifest.total
         assert total.rows == plan.num_rows, "every row is accounted for"
         _check_inputs(plan)
         failed = total.count("failed") / total.rows
@@ -157,35 +220,19 @@ class Output:
                 f"{total.count('failed'):,} of {total.rows:,} rows failed ({failed:.2%} > {max_error_rate:.2%}); "
                 f"`mmray errors {self.uri}` lists them, --max-error-rate accepts them; the scored data is kept"
             )
-        manifest = _manifest(receipts)
-        digest = hashlib.sha256(manifest).hexdigest()
-        self.store.create(f"_mmray/manifest-{digest[:8]}.parquet", manifest)
+        listed = manifest.to_parquet()
+        digest = hashlib.sha256(listed).hexdigest()
+        self.store.create(f"_mmray/manifest-{digest[:8]}.parquet", listed)
         success = {
             "manifest": digest,
             "plan_hash": plan.hash,
             "fingerprint": plan.info.fingerprint,
             "rows": total.rows,
-            "slices": len(receipts),
+            "slices": len(manifest.slices),
             "ledger": total.to_dict(),
         }
         self.store.create(SUCCESS, json.dumps(success, indent=1).encode())
         return total
-
-
-def _manifest(receipts: list[Receipt]) -> bytes:
-    rows = [
-        {
-            "slice": r.slice,
-            "key": r.key,
-            "size": r.size,
-            "rows": r.ledger.rows,
-            "ledger": json.dumps(r.ledger.to_dict()),
-        }
-        for r in receipts
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
 
 
 def _check_inputs(plan: Plan) -> None:
@@ -205,3 +252,19 @@ def _difference(owner: dict[str, Any], ours: dict[str, Any]) -> str:
     if owner.get("table") != ours["table"]:
         found.append("another table")
     return ", ".join(found) or "the table's files changed"
+
+
+def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
+    """Returns receipts as rows that Ray Data can carry."""
+    rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
+    return pa.Table.from_pylist(rows, RECEIPT)
+
+
+def _packed(ledger: Ledger) -> str:
+    return json.dumps(ledger.to_dict())
+
+
+def receipt_from_row(row: dict[str, Any]) -> Receipt:
+    """Reads what `receipts_to_arrow` wrote."""
+    ledger = Ledger.from_dict(json.loads(row["ledger"]))
+    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])

@@ -6,16 +6,18 @@ that are not there yet, in O(slices).
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.options import ScoreConfig
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
-from mmray.score.commit import Output, Receipt
+from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
+from mmray.stop import stoppable
 from mmray.store import open_store
 from mmray.table import Status
 
@@ -65,7 +67,7 @@ def score_table(
         table: parquet file, folder or glob.
         output: folder or URI for the scored rows.
         options: what may differ from run to run.
-        on_start: called with the plan and the number of slices that are there already.
+        on_start: called with the plan and the number of rows that are there already.
         on_slice: called with the ledger of each slice as it is committed.
 
     Raises:
@@ -99,16 +101,17 @@ def score_plan(
         return ScoreResult(output, ledger, len(plan.slices), 0, time.perf_counter() - started, None)
     done = target.committed(plan.hash)
     todo = tuple(piece for piece in plan.slices if piece.index not in done)
-    on_start(plan, len(done))
-    receipts, times = [], []
+    on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done))
+    manifest, times = Manifest(), []
     if todo:
         for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options, carry):
-            receipts.append(receipt)
+            manifest.add(receipt)
             times.append((time.perf_counter(), receipt.ledger.rows))
             on_slice(receipt.ledger)
-    receipts += [target.receipt(plan.hash, piece) for piece in plan.slices if piece.index in done]
+    for receipt in target.receipts(plan.hash, [piece for piece in plan.slices if piece.index not in manifest]):
+        manifest.add(receipt)
     Attempts(target.store).clear()
-    ledger = target.finalize(plan, receipts, options.max_error_rate)
+    ledger = target.finalize(plan, manifest, options.max_error_rate)
     return ScoreResult(output, ledger, len(plan.slices), len(todo), time.perf_counter() - started, _steady_rate(times))
 
 
@@ -117,20 +120,20 @@ def _run(
 ) -> Iterator[Receipt]:
     # Ray is loaded only where there is work: a finished run answers without it.
     from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
-    from mmray.score.actor import ScoringActor
+    from mmray.score.foreman import foreman_of
     from mmray.score.meters import RunMeters
-    from mmray.score.worker import receipt_from_row
+    from mmray.score.placed import Placed
 
-    with cluster(cpus_for(options)):
-        arguments = (bundle, output, plan.hash, plan.image_roots, carry)
+    with cluster(cpus_for(options)), foreman_of(options) as foreman, stoppable(foreman.finish):
+        arguments = (bundle, output, plan.hash, plan.image_roots, carry, foreman.actor)
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
         allowed, name = max(MAX_DEATHS, len(todo) // 4), f"mmray score {plan.hash[:8]}"
         before = Attempts(open_store(output)).left()
         try:
-            rows = map_slices(todo, ScoringActor, arguments, options, name, max_retries=allowed)
-            for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
-                meters.slice_done()
-                yield receipt
+            with closing(map_slices(todo, Placed, arguments, options, name, max_retries=allowed)) as rows:
+                for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
+                    meters.slice_done()
+                    yield receipt
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
 

@@ -5,7 +5,7 @@ rows = ok + degraded + failed, always.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a mapping for JSON."""
-        return asdict(self)
+        return {**vars(self)}
 
     def count(self, status: str) -> int:
         """Returns the rows of a status."""

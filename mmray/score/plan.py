@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray import __version__
-from mmray.bundle import BundleInfo, read_info
-from mmray.options import ScoreConfig
-from mmray.predictor import column_of
+from mmray.bundle_info import BundleInfo, read_info
+from mmray.options import ScoreConfig, column_of
 from mmray.slices import Slice, cut, open_table, slices_to_arrow
 from mmray.store import open_store
 from mmray.table import SCHEMA_VERSION, output_fields, refuse_collisions, require_types

@@ -3,6 +3,7 @@
 Level 0, seconds: `_SUCCESS` names a manifest that is intact, and the files there are exactly those it lists.
 Level 1: every file's footer carries this plan, its slice, and as many rows as the plan says.
 Level 2: every input column stands in the output, row by row and in order; statuses, scores and counts agree.
+Level 3: random rows get the same scores again, from the bundle that the run names, whose golden rows are scored first.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,10 +20,12 @@ import pyarrow.parquet as pq
 from mmray.errors import MmrayError, VerifyError
 from mmray.score.commit import Output, part_key
 from mmray.score.ledger import Ledger
+from mmray.score.rescore import Rows, differences, rescorer, sample_rows
 from mmray.slices import Slice, read_slice, slices_from_arrow
 from mmray.table import Status, cells
 
-LEVELS = (0, 1, 2)
+LEVELS = (0, 1, 2, 3)
+SAMPLE = 256  # rows scored again; each may cost the reading of a slice
 MAX_NAMED = 5  # mismatches named per check; the count says how many there are
 THREADS = 4
 
@@ -44,16 +48,28 @@ class VerifyReport:
         return not self.mismatches
 
 
-def verify_output(output: str, level: int = 1, *, on_slice: Callable[[int], None] = lambda rows: None) -> VerifyReport:
+def verify_output(
+    output: str,
+    level: int = 1,
+    *,
+    sample: int = SAMPLE,
+    seed: int = 0,
+    bundle: str | None = None,
+    on_slice: Callable[[int], None] = lambda rows: None,
+) -> VerifyReport:
     """Checks an output folder.
 
     Args:
         output: folder or URI of a finished run.
-        level: 0, 1 or 2; each includes those before it.
-        on_slice: called with the rows of each slice as it has been checked (levels 1 and 2).
+        level: 0, 1, 2 or 3; each includes those before it.
+        sample: rows that level 3 scores again, drawn at random.
+        seed: which ones; the same seed draws the same rows.
+        bundle: folder or URI of the bundle for it, if it is no longer where the run had it.
+        on_slice: called with the rows of each slice as it has been checked (from level 1).
 
     Raises:
         VerifyError: there is no finished run to check.
+        BundleError: the bundle for level 3 is damaged, or not the one that the rows were scored with.
     """
     target = Output(output)
     owner, success = target.owner(), target.success()
@@ -80,7 +96,19 @@ def verify_output(output: str, level: int = 1, *, on_slice: Callable[[int], None
             for piece, found in results:
                 _collect(report, "slice footers" if level == 1 else "slices row by row", found)
                 on_slice(piece.num_rows)
+    if level >= 3 and report.passed:
+        _rescore(report, target, slices, bundle or owner["bundle"], owner, sample_rows(slices, sample, seed))
     return report
+
+
+def _rescore(
+    report: VerifyReport, target: Output, slices: list[Slice], bundle: str, owner: dict[str, Any], rows: Rows
+) -> None:
+    predictor, found = rescorer(bundle, owner), list[str]()
+    for k, some in rows.items():
+        found += differences(target, owner["plan_hash"], slices[k], some, predictor)
+    report.checks["rows scored again"] = sum(map(len, rows.values()))
+    report.mismatches += _few("rows get other scores now", found, "; ")
 
 
 def _collect(report: VerifyReport, check: str, found: Iterable[str]) -> None:
@@ -101,9 +129,9 @@ def _check_manifest(target: Output, success: dict[str, object], slices: list[Sli
         return
     manifest = pq.read_table(pa.BufferReader(data)).to_pylist()
     listed, there = {row["key"]: row["size"] for row in manifest}, target.store.list("data")
-    yield from _few("missing", [key for key in listed if key not in there])
-    yield from _few("not in the manifest", [key for key in there if key not in listed])
-    yield from _few("of another size", [k for k, size in listed.items() if k in there and there[k].size != size])
+    yield from _few("files missing", [key for key in listed if key not in there])
+    yield from _few("files not in the manifest", [key for key in there if key not in listed])
+    yield from _few("files of another size", [k for k, size in listed.items() if k in there and there[k].size != size])
     if [row["slice"] for row in manifest] != [piece.index for piece in slices]:
         yield "the manifest does not list each slice of the plan once"
     if not sum(row["rows"] for row in manifest) == success["rows"] == sum(piece.num_rows for piece in slices):
@@ -150,7 +178,7 @@ def _same(left: pa.ChunkedArray, right: pa.ChunkedArray) -> bool:
     )
 
 
-def _few(what: str, keys: list[str]) -> Iterator[str]:
-    if keys:
-        more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-        yield f"{len(keys)} files {what}: {', '.join(keys[:MAX_NAMED])}{more}"
+def _few(what: str, named: list[str], separator: str = ", ") -> Iterator[str]:
+    if named:
+        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        yield f"{len(named)} {what}: {separator.join(named[:MAX_NAMED])}{more}"

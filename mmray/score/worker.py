@@ -3,13 +3,11 @@
 Reads a row per slice -> gives a row per receipt. Rows of the table itself never leave the process but into their file.
 """
 
-import json
 import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,7 +19,7 @@ from mmray.options import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry, Score
-from mmray.score.commit import Output, Receipt
+from mmray.score.commit import Output, Receipt, receipts_to_arrow
 from mmray.score.isolate import Isolation
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
@@ -74,15 +72,18 @@ class SliceScorer:
         self._isolation = Isolation(self._predictor, bundle_uri, image_roots, on_stage)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        receipts = [self.score(piece) for piece in slices_from_arrow(rows)]
-        return pa.Table.from_pylist([receipt_to_row(receipt) for receipt in receipts])
+        return receipts_to_arrow(self.score(piece) for piece in slices_from_arrow(rows))
 
     def score(self, piece: Slice) -> Receipt:
         """Scores and commits one slice: in this process, or apart from it where another died at it.
 
+        One that is there already is left alone: some are handed out together, and again where their process died.
+
         Raises:
             EnvironmentFaultError: the machine or the store failed, which no row is blamed for.
         """
+        if found := self._output.found(self._plan_hash, piece):
+            return found
         with self._attempts.begin(piece) as deaths:
             rows = timed(self._on_stage, "read", read_slice, piece)
             scored, carried = self._score_apart(piece, rows) if deaths else self._score_here(piece, rows)
@@ -130,16 +131,3 @@ def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:
             f"the model gave NaN or infinity for {bad} of {bad + good} rows of slice {piece.index} ({piece.uri}): that "
             "is the machine and not the rows; run again elsewhere"
         )
-
-
-def receipt_to_row(receipt: Receipt) -> dict[str, Any]:
-    """Returns a receipt as a row that Ray Data can carry."""
-    ledger = json.dumps(receipt.ledger.to_dict())
-    fields = {"slice": receipt.slice, "key": receipt.key, "size": receipt.size, "deaths": receipt.deaths}
-    return {**fields, "ledger": ledger}
-
-
-def receipt_from_row(row: dict[str, Any]) -> Receipt:
-    """Reads what `receipt_to_row` wrote."""
-    ledger = Ledger.from_dict(json.loads(row["ledger"]))
-    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])

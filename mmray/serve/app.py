@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 
-from mmray.bundle import read_info
+from mmray.bundle_info import read_info
 from mmray.cluster import cluster, given_address, unwrap
 from mmray.config import Section
 from mmray.errors import ConfigError, EnvironmentFaultError

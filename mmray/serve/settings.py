@@ -32,7 +32,7 @@ class ServeConfig(Section):
     decode_threads: int = Field(default=2, ge=1)
     """Threads of each replica that read and decode images."""
     image_roots: tuple[str, ...] = ()
-    """Folders or URIs that image paths in requests may lie in; without any, only uploaded images are read."""
+    """Folders, URIs or https:// URLs that images named in requests may lie in; without any, only uploads are read."""
     token: SecretStr | None = None
     """Bearer token that requests must carry; none asks for none."""
     max_items: int = Field(default=64, ge=1)

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mmray.model import FusionModel
 from mmray.store import open_store
 
 KEEP = 2  # the latest, and the one before it
@@ -28,39 +27,9 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    """`<parameter number>.<name>` -> tensor."""
+    """`<parameter>/<name>` -> tensor."""
     history: list[dict[str, Any]]
     """One entry per finished epoch."""
-
-    @classmethod
-    def of(
-        cls,
-        model: FusionModel,
-        optimizer: torch.optim.Optimizer,
-        best: Mapping[str, Tensor],
-        history: list[dict[str, Any]],
-    ) -> "Checkpoint":
-        """Takes the state of a model and its optimiser."""
-        state = optimizer.state_dict()["state"]
-        flat = {f"{k}.{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
-        return cls(model.state_dict(), best, flat, history)
-
-    def restore(self, model: FusionModel, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the state back."""
-        model.load_state_dict(dict(self.weights))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in self.optimizer.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = _like(parameters[int(number)], value)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    # A fused optimiser walks a parameter and its moments side by side in memory: they have to lie in the same order.
-    if value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_checkpoint(folder: str, checkpoint: Checkpoint) -> None:

@@ -26,7 +26,6 @@ from mmray.preprocess.text import Vocabulary, tokenize
 from mmray.slices import Slice, Table, cut, open_table, read_slice, slices_from_arrow
 from mmray.source import ImageSource
 from mmray.table import cells, require_types
-from mmray.train.frozen import FrozenImages
 from mmray.train.rows import file_id
 
 Split = Literal["train", "validation"]
@@ -167,6 +166,8 @@ def row_bytes(config: Config, num_labels: int, image_bytes: int | None = None) -
 
 def with_features(rows: ray.data.Dataset, split: Split, config: Config) -> ray.data.Dataset:
     """Returns preprocessed rows with what the frozen image network makes of their images in the images' place."""
+    from mmray.train.frozen import FrozenImages  # with torch, which no task that prepares rows needs
+
     gpus = config.train.max_workers if config.train.use_gpu else 0
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or local_cpus())
     return rows.map_batches(

@@ -24,7 +24,8 @@ import ray.train.torch
 import torch
 from ray.util.queue import Empty, Queue
 
-from mmray.bundle import Bundle, read_info, save_bundle, without_weight_files
+from mmray.bundle import Bundle, save_bundle, without_weight_files
+from mmray.bundle_info import read_info
 from mmray.cluster import RAY_ERRORS, cluster, given_address, local_cpus, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
@@ -217,7 +218,7 @@ def _claim_run(config: Config, tables: Tables) -> str:
     """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
     # Where a run is kept, how many processes work on it and in what parts do not change what it is.
     settings = config.model_dump(
-        mode="json", exclude={"train": {"storage", "name", "num_workers", "accumulation", "max_failures"}}
+        mode="json", exclude={"train": {"storage", "name", "num_workers", "shard", "accumulation", "max_failures"}}
     )
     files = [[f.uri, f.size, f.version] for t in (tables.train, tables.validation) if t for f in t.files]
     digest = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +20,7 @@ from mmray.errors import TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature
-from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from mmray.train.checkpoint import latest_checkpoint, save_checkpoint
 from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
@@ -60,35 +59,38 @@ class Settings:
 
 def train_worker(arguments: dict[str, Settings]) -> None:
     """Runs on every worker of the group; Ray Train takes one mapping, which holds `settings`."""
+    # A second to load, and only workers need it: Ray Train's controller loads this module too.
+    from mmray.train.parallel import agree_on_buffers, capture, distribute, restore, weights_of
+
     settings = arguments["settings"]
     config, train = settings.config, settings.config.train
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(local_cpus() // ray.train.get_context().get_local_world_size(), 1))
     torch.manual_seed(train.seed)
     model = _build(settings)
-    # The absent embedding of a modality gets no gradient from a batch in which it is never absent.
-    loss_module = ray.train.torch.prepare_model(
-        TrainingLoss(model, train.auxiliary_weight), parallel_strategy_kwargs={"find_unused_parameters": True}
-    )
+    loss = TrainingLoss(model, train.auxiliary_weight)
+    shared = distribute(loss, train.shard)
     optimizer = build_optimizer(config, model)
-    steps = Steps(loss_module, model, optimizer, config, settings.num_steps, settings.files)
+    steps = Steps(shared, model, optimizer, config, settings.num_steps, settings.files)
     rows, validation = _rows(settings), CachedRows("validation")
     state = _from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
     if state is not None:
-        state.restore(model, optimizer)
+        restore(state, model, optimizer)
         history, best = state.history, dict(state.best)
     steps.done = len(history) * settings.num_steps // train.epochs
     while len(history) < train.epochs and not _should_stop(history, settings):
         torch.manual_seed(train.seed + 1000 * len(history) + rank)  # the same whether the run was interrupted or not
-        loss = _mean(steps.run(rows.epoch(len(history))))
-        entry = {"epoch": len(history) + 1, "train_loss": loss, **_validate(model, validation, config)}
+        mean_loss = _mean(steps.run(rows.epoch(len(history))))
+        agree_on_buffers(model)
+        entry = {"epoch": len(history) + 1, "train_loss": mean_loss, **_validate(loss, validation, config)}
         history = [*history, _from_first(entry)]
         if best_epoch(history) == len(history) - 1:
-            best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            best = weights_of(model)
+        checkpoint = capture(model, optimizer, best, history)
         if rank == 0:
-            save_checkpoint(settings.folder, Checkpoint.of(model, optimizer, best, history))
+            save_checkpoint(settings.folder, checkpoint)
             settings.progress.put(history[-1])
         ray.train.report(history[-1])
 
@@ -111,19 +113,17 @@ def _should_stop(history: Sequence[Mapping[str, Any]], settings: Settings) -> bo
 
 
 @torch.no_grad()
-def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str, float | None]:
+def _validate(loss: TrainingLoss, rows: CachedRows, config: Config) -> dict[str, float | None]:
     """Measures every validation row once, over all workers."""
-    model.eval()
-    device = next(model.parameters()).device
+    loss.eval()
+    head, device = loss.model.head, next(loss.parameters()).device
     logits_of, targets, losses, weights = [], [], [], []
     for batch in rows.mine(EVALUATION_BATCH):
         arrays, present, wanted = to_tensors(batch, config, device)
-        embeddings = model.encode(arrays)
-        logits = model.fuse(embeddings, present)
-        weight = model.image_weight(embeddings, present)
+        logits, weight = loss.predict(arrays, present)
         logits_of.append(logits.float().cpu().numpy())
         targets.append(wanted.cpu().numpy())
-        losses.append(float(model.head.loss(logits, wanted)) * len(wanted))
+        losses.append(float(head.loss(logits, wanted)) * len(wanted))
         weights += [] if weight is None else weight.tolist()
     parts = _gather((logits_of, targets, sum(losses), weights))
     all_logits = torch.from_numpy(np.concatenate([array for part in parts for array in part[0]]))
@@ -132,7 +132,7 @@ def _validate(model: FusionModel, rows: CachedRows, config: Config) -> dict[str,
     return {
         "validation_loss": sum(part[2] for part in parts) / len(all_targets),
         "image_weight": float(np.mean(all_weights)) if all_weights else None,
-        **measure(config.task.kind, model.head.outputs(all_logits.to(device)).cpu().numpy(), all_targets),
+        **measure(config.task.kind, head.outputs(all_logits.to(device)).cpu().numpy(), all_targets),
         **_calibration(config, all_logits, torch.from_numpy(all_targets)),
     }
 

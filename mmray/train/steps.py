@@ -6,7 +6,7 @@ that comes with each.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -46,6 +46,11 @@ class TrainingLoss(nn.Module):
             alone = {other: torch.full_like(mask[mask], other == name) for other in present}
             loss = loss + self._auxiliary_weight * self.model.head.loss(self.model.fuse(rows, alone), targets[mask])
         return loss
+
+    def predict(self, arrays: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Returns logits [B, K] and the weight of the image in each row [B], where the fusion has one."""
+        embeddings = self.model.encode(arrays)
+        return self.model.fuse(embeddings, present), self.model.image_weight(embeddings, present)
 
 
 class Steps:
@@ -106,9 +111,7 @@ class Steps:
         """Adds the gradients of a part of a batch; returns what it adds to the loss."""
         arrays, present, targets = to_tensors(batch, self._config, self._device)
         arrays = augment(arrays, self._config.train)
-        # Workers exchange their gradients once a step: with those of the last part.
-        apart = isinstance(self._loss, DistributedDataParallel) and not last
-        with self._loss.no_sync() if apart else nullcontext():  # type: ignore[operator]
+        with _exchange(self._loss, last):  # workers exchange their gradients once a step
             with autocast(str(self._device), self._precision):
                 loss: Tensor = factor * self._loss(arrays, present, targets)
             value = float(loss.detach())
@@ -126,6 +129,13 @@ class Steps:
             f"{', '.join(rows[:NAMED_ROWS])}{more}; look at their labels, lower train.learning_rate, or use "
             "train.precision = 'fp32'"
         )
+
+
+def _exchange(loss: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Returns a context whose gradients workers exchange as they are computed, or together with later ones."""
+    if hasattr(loss, "set_requires_gradient_sync"):  # as FSDP2's module, whose import would cost a second
+        loss.set_requires_gradient_sync(now)  # type: ignore[operator]
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not now else nullcontext()
 
 
 def _parts(batch: Batch, number: int) -> Iterator[tuple[Batch, float]]:

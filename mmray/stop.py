@@ -1,0 +1,92 @@
+"""How a long step is told to stop: Ctrl-C and SIGTERM once are a request, twice an order.
+
+What is at work is finished first, after SIGTERM no longer than `GRACE_S`: whoever sends it kills soon after. Where
+nothing could be finished, once is enough.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from mmray.errors import EnvironmentFaultError
+
+GRACE_S = 20.0  # of the 30 that Kubernetes gives by default
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+RESUMES = "what is done is kept, the same command continues"
+
+
+class Stop:
+    """A request to stop, which may come at any time."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+        self._signal: signal.Signals | None = None
+        self._asked, self._turn, self._over = threading.Event(), threading.Lock(), False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Is the handler of Ctrl-C, SIGTERM, and the alarm that comes after it."""
+        if self._signal is not None:
+            _raise(self._signal)
+        self._signal = signal.Signals(number)
+        if number == signal.SIGTERM:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+        self._asked.set()  # to call anything from here would be to call it in the middle of anything
+
+    def wait(self) -> None:
+        """Has what is at work finished once there is a request, and then sends the signal again."""
+        self._asked.wait()
+        if self._signal is None:
+            return
+        again = "; Ctrl-C again stops at once" if self._signal == signal.SIGINT else ""
+        print(f"mmray: stopping when what is at work is done{again}", file=sys.stderr)
+        self._finish()
+        with self._turn:
+            if not self._over:
+                signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
+
+    def end(self) -> None:
+        """Sends and takes no more."""
+        with self._turn:
+            self._over = True
+        self._asked.set()
+
+
+@contextmanager
+def stoppable(finish: Callable[[], None]) -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM requests for the duration of a `with` block, if it is in the main thread.
+
+    Args:
+        finish: called in a thread once there is a request; lets nothing new begin, and returns when nothing is at work.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was a request that has been met, or came twice.
+        EnvironmentFaultError: so was SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stop = Stop(finish)
+    threading.Thread(target=stop.wait, daemon=True).start()
+    before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        stop.end()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def terminate(*_: Any) -> NoReturn:
+    """Is the handler of SIGTERM where nothing could be finished."""
+    _raise(signal.SIGTERM)
+
+
+def _raise(number: signal.Signals) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(RESUMES)
+    raise EnvironmentFaultError(f"stopped by SIGTERM; {RESUMES}")

@@ -1,0 +1,55 @@
+"""Stopping a long step: once is a request, twice an order, and SIGTERM has a deadline."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import signal, sys, threading
+from mmray import stop
+from mmray.errors import EnvironmentFaultError
+stop.GRACE_S = {grace_s}
+try:
+    with stop.stoppable({finish}):
+        print("at work", flush=True)
+        threading.Event().wait()
+except KeyboardInterrupt:
+    sys.exit(130)
+except EnvironmentFaultError as error:
+    print(error, file=sys.stderr)
+    sys.exit(5)
+"""
+NEVER, AT_ONCE = "threading.Event().wait", "lambda: None"
+
+
+@pytest.mark.parametrize(
+    ("finish", "grace_s", "signals", "code"),
+    [
+        (AT_ONCE, 600, [signal.SIGINT], 130),
+        (AT_ONCE, 600, [signal.SIGTERM], 5),
+        (NEVER, 600, [signal.SIGINT, signal.SIGINT], 130),
+        (NEVER, 600, [signal.SIGTERM, signal.SIGTERM], 5),
+        (NEVER, 600, [signal.SIGINT, signal.SIGTERM], 130),
+        (NEVER, 0.1, [signal.SIGTERM], 5),
+    ],
+)
+def test_a_request_is_met_and_an_order_or_a_deadline_does_not_wait_for_it(
+    finish: str, grace_s: float, signals: list[signal.Signals], code: int
+) -> None:
+    program = PROGRAM.format(finish=finish, grace_s=grace_s)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(signals[0])
+        assert process.stderr.readline().startswith("mmray: stopping when what is at work is done")
+        for number in signals[1:]:
+            process.send_signal(number)
+        errors = process.stderr.read()
+        assert process.wait() == code, errors
+        assert "Traceback" not in errors
+        assert ("the same command continues" in errors) == (code == 5)
