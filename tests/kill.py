@@ -128,7 +128,7 @@ class Nodes:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in nodes and b"ScoringActor" in (folder / "cmdline").read_bytes():
+                if parent in nodes and b"Placed" in (folder / "cmdline").read_bytes():
                     found[int(folder.name)] = nodes[parent]
         return found
 
