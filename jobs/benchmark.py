@@ -17,10 +17,7 @@ import multiprocessing
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +28,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from benchmark_plan import measure_plan
+from benchmark_process import run_mmray
 from benchmark_serve import ROWS, measure_serving
 from benchmark_store import measure_store
 
 SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
 NUM_FILES = 8
-CHILDREN_EVERY_S = 0.1
 MIN_ROWS = 16  # of a tick that does next to nothing
 
 
@@ -64,7 +61,7 @@ def main() -> None:
         elif args.what == "store":
             make_table(folder / "table", args.rows, args.photos)
             make_bundle(folder)
-            figures = measure_store(folder, args.repeats, args.processes, run_mmray)
+            figures = measure_store(folder, args.repeats, args.processes)
         elif args.what == "plan":
             make_table(folder / "table", MIN_ROWS, args.photos)
             figures = measure_plan(folder, make_bundle(folder), args.slices)
@@ -240,61 +237,6 @@ def _score_share(bundle: str, table: str, first: int, step: int, barrier: Any, d
     predictor = Predictor.on_this_worker(loaded, source, ScoreConfig())
     barrier.wait()
     done.put(sum(predictor.score(read_slice(piece)).num_rows for piece in cut(open_table(table))[first::step]))
-
-
-def run_mmray(*arguments: object) -> dict[str, Any]:
-    """Runs a command in a process of its own; returns its seconds, its output, and peak memory by role."""
-    started, peaks = time.perf_counter(), dict[int, tuple[str, float]]()
-    command = [sys.executable, "-m", "mmray.cli", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        watcher = threading.Thread(target=_watch, args=(process, peaks), daemon=True)
-        watcher.start()
-        output = process.communicate()[0]
-        watcher.join()
-    seconds = round(time.perf_counter() - started, 1)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
-    roles: dict[str, float] = {}
-    for role, peak in peaks.values():
-        roles[role] = max(roles.get(role, 0), round(peak))
-    return {"seconds": seconds, "output": output, "peak_rss_mb": roles}
-
-
-def _watch(process: subprocess.Popen[str], peaks: dict[int, tuple[str, float]]) -> None:
-    """Keeps each process's highest resident size (`VmHWM`), while the command runs."""
-    while process.poll() is None:
-        for pid in _family(process.pid):
-            name, peak = _look(pid)
-            role = {"ray::MapWorker": "actor", "ray::RayTrainWorker": "training worker"}.get(name, "")
-            role = "driver" if pid == process.pid else role
-            if role and peak:
-                peaks[pid] = role, max(peak, peaks.get(pid, ("", 0.0))[1])
-        time.sleep(CHILDREN_EVERY_S)
-
-
-def _family(root: int) -> set[int]:
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # it has ended
-                continue
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family
-
-
-def _look(pid: int) -> tuple[str, float]:
-    """Returns a process's name (of a Ray actor, its class) and highest resident size in MB."""
-    try:
-        name = Path(f"/proc/{pid}/cmdline").read_text().partition("(")[0].partition("\0")[0].partition(".")[0]
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return "", 0.0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return name, int(found[1]) / 1024 if found else 0.0
 
 
 if __name__ == "__main__":

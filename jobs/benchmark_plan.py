@@ -5,7 +5,6 @@ when a run resumes is written here, with the footers that a run would give it.
 """
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from benchmark_process import peak_mb
 
 from mmray.options import ScoreConfig
 from mmray.score.commit import METADATA_KEY, Output, part_key
@@ -77,7 +77,7 @@ def _run(command: list[str], there: Callable[[], bool] = lambda: True, *, stop: 
     started, figures, peak = time.perf_counter(), dict[str, float](), 0.0
     with subprocess.Popen([sys.executable, "-m", "mmray.cli", *command], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = _peak_mb(process.pid) or peak
+            peak = peak_mb(process.pid) or peak
             if "first_slice_s" not in figures and there():
                 figures["first_slice_s"] = round(time.perf_counter() - started, 1)
                 if stop:
@@ -87,9 +87,3 @@ def _run(command: list[str], there: Callable[[], bool] = lambda: True, *, stop: 
     if process.returncode != (5 if stop else 0):
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
     return figures
-
-
-def _peak_mb(pid: int) -> float:
-    """Returns a process's highest resident size, 0 where it has ended."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0

@@ -11,12 +11,14 @@ import re
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from benchmark_process import run_mmray
 
 from mmray.serve.haproxy import free_port
 
@@ -95,16 +97,13 @@ def _tag(data: bytes) -> str:
     return f'"{hashlib.blake2b(data[:64] + data[-64:] + len(data).to_bytes(8, "big"), digest_size=8).hexdigest()}"'
 
 
-def measure_store(
-    folder: Path, repeats: int, processes: int, run_mmray: Callable[..., dict[str, Any]]
-) -> dict[str, Any]:
+def measure_store(folder: Path, repeats: int, processes: int) -> dict[str, Any]:
     """Returns rates of `mmray score` with everything in a store, at no latency and at `DELAY_S`, taken in turns.
 
     Args:
         folder: holds `table` and `bundle`.
         repeats: runs of each.
         processes: that score.
-        run_mmray: runs a command.
     """
     rates: dict[float, list[float]] = {0.0: [], DELAY_S: []}
     for _ in range(repeats):

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from mmray.store import open_store
 
 KINDS = ("refused", "broken off", "unanswered")
 
@@ -113,3 +116,12 @@ def serving(server: Any) -> Iterator[Any]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def upload(folder: Path, uri: str, name: str) -> str:
+    """Puts the files of a folder into a bucket, and returns where they are."""
+    store = open_store(uri)  # of the bucket: those of folders in it are made when the store has its bad day
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.create(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return store.child(name)

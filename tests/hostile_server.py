@@ -1,10 +1,11 @@
 """A web server of images that also sends back what no server should; it notes what reached it."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from faults import serving
 
 IMAGE = b"an image"
 
@@ -88,10 +89,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def hostile_server() -> Iterator[HostileServer]:
     """A server for the duration of a `with` block."""
-    server = HostileServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(HostileServer()) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -31,6 +31,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from faults import faulty, upload
 from models import colour_table, saved_bundle, score_in_process
 from processes import ALONE, COMMAND, wait_for
 
@@ -146,7 +147,7 @@ class Loop:
         self._expected = dict(scored_rows(str(folder / "undisturbed")))
         assert len(self._expected) == rows
         if "://" in root:
-            bundle, table = upload(folder / "bundle", root), upload(folder / "rows", root)
+            bundle, table = upload(folder / "bundle", root, "bundle"), upload(folder / "rows", root, "rows")
         self._command = ["score", bundle, str(table), "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
         self.nodes = Nodes()
 
@@ -314,14 +315,6 @@ def parts_of(output: str) -> int:
     return len(open_store(output).list("data"))
 
 
-def upload(folder: Path, root: str) -> str:
-    """Puts the files of a folder into a bucket, and returns where they are."""
-    store = open_store(root)
-    for path in folder.iterdir():
-        store.create(f"{folder.name}/{path.name}", path.read_bytes())
-    return store.child(folder.name)
-
-
 @contextmanager
 def looping(folder: Path, root: str, rows: int) -> Iterator[Loop]:
     """A loop for the duration of a `with` block."""
@@ -338,7 +331,6 @@ def place_of(kind: str, folder: Path, seed: int) -> Iterator[str]:
     if kind == "local":
         yield str(folder)
         return
-    from faults import faulty
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

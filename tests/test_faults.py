@@ -3,21 +3,11 @@
 from pathlib import Path
 
 import pytest
-from faults import KINDS, faulty
+from faults import KINDS, faulty, upload
 from models import colour_table, saved_bundle, score_in_process
 
 from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
-from mmray.store import open_store
-
-
-def upload(folder: Path, uri: str, name: str) -> str:
-    """Puts the files of a folder into a bucket, and returns where they are."""
-    store = open_store(uri)  # of the bucket: those of folders in it are made when the store has its bad day
-    for path in folder.rglob("*"):
-        if path.is_file():
-            store.create(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return store.child(name)
 
 
 def test_every_row_is_scored_once_in_a_store_that_fails_one_request_in_eight(

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from faults import upload
 from manifests import found
 from models import colour_table, saved_bundle
 from processes import wait_for
 from ray_head import Head, running_head
 from render import render
-from test_faults import upload
 
 from mmray.schedule.published import read_published
 from mmray.score.verify import verify_output

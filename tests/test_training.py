@@ -21,11 +21,11 @@ from mmray.predictor import Predictor
 from mmray.slices import open_table
 from mmray.source import ImageSource
 from mmray.train.augment import augment
-from mmray.train.checkpoint import latest_checkpoint, save_checkpoint
+from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
 from mmray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
-from mmray.train.parallel import capture, restore
+from mmray.train.parallel import moments_of, restore, weights_of
 from mmray.train.steps import TrainingLoss, to_tensors
 from mmray.train.task import with_task, with_two_labels
 
@@ -189,7 +189,7 @@ def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_surviv
     optimizer.step()
     other = FusionModel(config, num_labels=3, words=WORDS)
     resumed = build_optimizer(config, other)
-    save_checkpoint(str(tmp_path), capture(model, optimizer, {}, []))
+    save_checkpoint(str(tmp_path), Checkpoint(weights_of(model), {}, moments_of(model, optimizer), []))
     state = latest_checkpoint(str(tmp_path))
     assert state is not None
     restore(state, other, resumed)

@@ -56,6 +56,10 @@ class Receipt:
     """Processes that had died at it."""
 
 
+def _packed(ledger: Ledger) -> str:
+    return json.dumps(ledger.to_dict())
+
+
 @dataclass
 class Manifest:
     """Every slice with its size and ledger, and the sum. It keeps of each no more than it writes: there may be many."""
@@ -75,7 +79,7 @@ class Manifest:
         """Lists a slice."""
         assert receipt.slice not in self._rows, "each slice once"
         ledger = receipt.ledger
-        self._rows[receipt.slice] = receipt.key, receipt.size, ledger.rows, json.dumps(ledger.to_dict())
+        self._rows[receipt.slice] = receipt.key, receipt.size, ledger.rows, _packed(ledger)
         self.total = Ledger.total([self.total, ledger])
 
     def __contains__(self, index: int) -> bool:
@@ -88,8 +92,9 @@ class Manifest:
 
     def to_parquet(self) -> bytes:
         """Returns it as a parquet file, in order of the slices."""
-        keys, sizes, rows, ledgers = zip(*(self._rows[k] for k in self.slices), strict=True)
-        columns = {"slice": self.slices, "key": keys, "size": sizes, "rows": rows, "ledger": ledgers}
+        slices = self.slices
+        keys, sizes, rows, ledgers = zip(*(self._rows[k] for k in slices), strict=True)
+        columns = {"slice": slices, "key": keys, "size": sizes, "rows": rows, "ledger": ledgers}
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer)
         return buffer.getvalue()
@@ -203,7 +208,7 @@ class Output:
             for k in range(0, len(slices), READ_AHEAD):
                 yield from pool.map(partial(self.receipt, plan_hash), slices[k : k + READ_AHEAD])
 
-    def finalize(self, plan: Plan, manifest: "Manifest", max_error_rate: float) -> Ledger:
+    def finalize(self, plan: Plan, manifest: Manifest, max_error_rate: float) -> Ledger:
         """Checks that every slice is there once and the rows add up, then creates the manifest and `_SUCCESS`.
 
         Raises:
@@ -228,7 +233,7 @@ class Output:
             "plan_hash": plan.hash,
             "fingerprint": plan.info.fingerprint,
             "rows": total.rows,
-            "slices": len(manifest.slices),
+            "slices": len(plan.slices),
             "ledger": total.to_dict(),
         }
         self.store.create(SUCCESS, json.dumps(success, indent=1).encode())
@@ -258,10 +263,6 @@ def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
     """Returns receipts as rows that Ray Data can carry."""
     rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
     return pa.Table.from_pylist(rows, RECEIPT)
-
-
-def _packed(ledger: Ledger) -> str:
-    return json.dumps(ledger.to_dict())
 
 
 def receipt_from_row(row: dict[str, Any]) -> Receipt:

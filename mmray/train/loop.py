@@ -20,7 +20,7 @@ from mmray.errors import TableError
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature
-from mmray.train.checkpoint import latest_checkpoint, save_checkpoint
+from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
@@ -60,7 +60,7 @@ class Settings:
 def train_worker(arguments: dict[str, Settings]) -> None:
     """Runs on every worker of the group; Ray Train takes one mapping, which holds `settings`."""
     # A second to load, and only workers need it: Ray Train's controller loads this module too.
-    from mmray.train.parallel import agree_on_buffers, capture, distribute, restore, weights_of
+    from mmray.train.parallel import agree_on_buffers, distribute, moments_of, restore, weights_of
 
     settings = arguments["settings"]
     config, train = settings.config, settings.config.train
@@ -86,9 +86,10 @@ def train_worker(arguments: dict[str, Settings]) -> None:
         agree_on_buffers(model)
         entry = {"epoch": len(history) + 1, "train_loss": mean_loss, **_validate(loss, validation, config)}
         history = [*history, _from_first(entry)]
+        weights = weights_of(model)
         if best_epoch(history) == len(history) - 1:
-            best = weights_of(model)
-        checkpoint = capture(model, optimizer, best, history)
+            best = weights
+        checkpoint = Checkpoint(weights, best, moments_of(model, optimizer), history)
         if rank == 0:
             save_checkpoint(settings.folder, checkpoint)
             settings.progress.put(history[-1])

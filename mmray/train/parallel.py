@@ -61,17 +61,8 @@ def agree_on_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def capture(
-    model: nn.Module, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor], history: list[dict[str, Any]]
-) -> Checkpoint:
-    """Takes the state of a model and its optimiser; only the first worker gets it."""
-    state = cast(Mapping[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {}))
-    flat = {f"{k}/{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
-    return Checkpoint(weights_of(model), best, flat, history)
-
-
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts back what `capture` took."""
+    """Puts back what `weights_of` and `moments_of` gave."""
     set_model_state_dict(model, dict(checkpoint.weights), options=_WHOLE)
     state: dict[str, Any] = {}
     for key, value in checkpoint.optimizer.items():
@@ -87,6 +78,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of the whole model's weights; only the first worker gets them."""
     weights = cast(Mapping[str, Tensor], get_model_state_dict(model, options=_WHOLE))
     return {name: tensor.clone() for name, tensor in weights.items()}
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns what an optimiser keeps of each weight, as in a `Checkpoint`; only the first worker gets it."""
+    state = cast(Mapping[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {}))
+    return {f"{k}/{name}": torch.as_tensor(value) for k, entry in state.items() for name, value in entry.items()}
 
 
 def _like(weight: Tensor, value: Tensor) -> Tensor:
