@@ -93,7 +93,6 @@ def train_worker(arguments: dict[str, Settings]) -> None:
         if rank == 0:
             save_checkpoint(settings.folder, checkpoint)
             settings.progress.put(history[-1])
-        ray.train.report(history[-1])
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
