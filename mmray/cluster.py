@@ -41,6 +41,11 @@ LOSSES = (
     ray.exceptions.OutOfMemoryError,
 )
 CALLS_PER_ACTOR = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
+KEEP_MEMORY = {
+    "env_vars": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+}
+"""Runtime environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and
+that clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
 _OURS = r"^mmray\.errors\.(\w+): (.+)$"  # as a remote traceback ends with our own errors
 _log = logging.getLogger(__name__)
@@ -166,6 +171,7 @@ def _one_pass(
         num_cpus=placement.num_cpus,
         num_gpus=options.gpus_per_actor,
         label_selector=options.node_labels or None,
+        runtime_env=None if options.gpus_per_actor else KEEP_MEMORY,
         max_restarts=max_retries,
         max_task_retries=max_retries,
     )
@@ -241,6 +247,7 @@ def _start_local(num_cpus: int) -> None:
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
         object_store_memory=_object_store_bytes(),
+        _system_config={"prestart_worker_first_driver": False},  # a process for each CPU, most of which nobody needs
     )
 
 

@@ -41,6 +41,7 @@ from mmray.store import open_store
 
 KINDS = {
     "actor": 5,  # a process that scores
+    "stuck": 2,  # the same, but it stands still in the middle of a slice, until the run itself ends it
     "node": 2,  # one of the two, with all that runs there; another takes its place
     "driver": 2,  # the command; it is given again
     "revenant": 1,  # a node whose processes stand still meanwhile, and go on when the run has long ended without them
@@ -49,10 +50,13 @@ KINDS = {
 }
 """What is killed, and how often beside the others."""
 SLICE_ROWS = 200
+STUCK_AFTER_S = 5
 LIMIT_S = 600  # for a run; one that takes longer does not end
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+HEAD_LOST_S = 10  # that a cluster waits for its head; Ray's own default is a minute
 RESUMABLE = 5  # exit code of a command that another try completes
 LEFT_ALONE = 1  # with which Ray ends a process whose cluster has lost its head, without a word to anybody
+HEAD_LOST = "RAY_gcs_rpc_server_reconnect_timeout_s"
 EVER_AGAIN = 10  # tries of a command
 
 
@@ -86,6 +90,7 @@ class Nodes:
 
         # Ray keeps the first token that a process has, for all its clusters.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ[HEAD_LOST] = str(HEAD_LOST_S)
         enable_token_auth_by_default()
         self.start()
 
@@ -121,7 +126,7 @@ class Nodes:
     def environment(self) -> dict[str, str]:
         """Of a command on this cluster."""
         given = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "AWS_"))}
-        return {**ALONE, **given, "RAY_ADDRESS": self._cluster.address}
+        return {**ALONE, **given, "RAY_ADDRESS": self._cluster.address, HEAD_LOST: str(HEAD_LOST_S)}
 
     def actors(self) -> dict[int, Any]:
         """The processes that score, and the node of each."""
@@ -149,6 +154,7 @@ class Loop:
         if "://" in root:
             bundle, table = upload(folder / "bundle", root, "bundle"), upload(folder / "rows", root, "rows")
         self._command = ["score", bundle, str(table), "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
+        self._command += ["--stuck-after", str(STUCK_AFTER_S)]
         self.nodes = Nodes()
 
     def run(self, seed: int, num_kills: int) -> Run:
@@ -161,10 +167,10 @@ class Loop:
         run, output = Run(seed, self._rows), f"{self._root}/run-{seed}"
         points = sorted(chance.sample(range(1, self._num_slices * 4 // 5), num_kills))
         kinds = chance.choices([*KINDS], [*KINDS.values()], k=num_kills)
-        job = Job(self.nodes, [*self._command[:3], output, *self._command[3:]], run)
+        job = Job(self.nodes, [*self._command[:3], output, *self._command[3:]], output, run)
         try:
             for point, kind in zip(points, kinds, strict=True):
-                if not job.reaches(point, output):
+                if not job.reaches(point):
                     break
                 run.kills.append((kind, parts_of(output)))
                 getattr(job, kind)(chance)
@@ -194,16 +200,16 @@ class Loop:
 class Job:
     """The commands of one run: at work, or standing still until it has ended."""
 
-    def __init__(self, nodes: Nodes, command: list[str], run: Run) -> None:
-        self._nodes, self._command, self._run = nodes, [*COMMAND, *command], run
+    def __init__(self, nodes: Nodes, command: list[str], output: str, run: Run) -> None:
+        self._nodes, self._command, self._output, self._run = nodes, [*COMMAND, *command], output, run
         self._sleeping: list[subprocess.Popen[str]] = []
         self._undead: list[int] = []
         self._deadline = time.monotonic() + LIMIT_S
         self._begin()
 
-    def reaches(self, point: int, output: str) -> bool:
+    def reaches(self, point: int) -> bool:
         """Waits until so many slices are there, and a process is at work; False where the run ended before."""
-        while parts_of(output) < point or not self._nodes.actors():
+        while parts_of(self._output) < point or not self._nodes.actors():
             assert time.monotonic() < self._deadline, "it does not end"
             if self._process.poll() is not None and self._ended():
                 return False
@@ -212,6 +218,20 @@ class Job:
 
     def actor(self, chance: random.Random) -> None:
         os.kill(chance.choice(sorted(self._nodes.actors())), signal.SIGKILL)
+
+    def stuck(self, chance: random.Random) -> None:
+        store = open_store(self._output)
+        while self._process.poll() is None:
+            for key in store.list("_mmray/attempts"):
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    pid = int(store.read(key).split()[2])
+                    if pid in self._undead:
+                        continue
+                    os.kill(pid, signal.SIGSTOP)
+                    if store.stat(key):  # it is in the middle of it, and stays there
+                        self._undead.append(pid)
+                        return
+                    os.kill(pid, signal.SIGCONT)
 
     def node(self, chance: random.Random) -> None:
         self._nodes.replace(self._nodes.actors()[chance.choice(sorted(self._nodes.actors()))])

@@ -57,7 +57,8 @@ class Schedule:
         some_files(self.rows, Path(self.table), *names)
 
     def tick(self, rules: ScheduleConfig = QUICK, **options: Any) -> TickResult:
-        return tick(self.bundle, self.table, self.root, ScoreConfig(image_roots=(str(self.rows),), **options), rules)
+        settings = ScoreConfig(image_roots=(str(self.rows),), num_actors=1, **options)
+        return tick(self.bundle, self.table, self.root, settings, rules)
 
     def read(self) -> list[dict[str, Any]]:
         """What a reader finds, file by file in the order of the input."""

@@ -26,7 +26,7 @@ from ray.util.queue import Empty, Queue
 
 from mmray.bundle import Bundle, save_bundle, without_weight_files
 from mmray.bundle_info import read_info
-from mmray.cluster import RAY_ERRORS, cluster, given_address, local_cpus, unwrap
+from mmray.cluster import KEEP_MEMORY, RAY_ERRORS, cluster, given_address, local_cpus, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
@@ -161,12 +161,16 @@ def _fit(
                 use_gpu=train.use_gpu,
             ),
             run_config=ray.train.RunConfig(
-                name="ray", storage_path=scratch, failure_config=ray.train.FailureConfig(train.max_failures)
+                name="ray",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(train.max_failures),
+                worker_runtime_env=None if train.use_gpu else KEEP_MEMORY,  # type: ignore[call-arg]  # as above
             ),
             datasets={"train": rows["train"].materialize() if cached else rows["train"], "validation": validation},
             # Every worker sees every row of what is cached, and takes its own; Ray's even split drops the rest.
             dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
         )
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
         with _ctrl_c_is_an_interruption():
             trainer.fit()
     return measured
