@@ -251,7 +251,7 @@ def replicas() -> set[int]:
 
 def pids(words: str) -> set[int]:
     """The processes below this one whose command line has these words."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-eww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     found = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
     family = {os.getpid()}
     while more := {int(pid) for pid, parent, _ in found if int(parent) in family} - family:
