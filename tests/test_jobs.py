@@ -22,7 +22,7 @@ from mmray.schedule.published import read_published
 from mmray.score.verify import verify_output
 from mmray.store import open_store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 ROWS = 60
 TRAINING = """
 [table]

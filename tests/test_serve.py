@@ -317,6 +317,7 @@ def test_a_command_that_is_killed_leaves_nobody_on_its_port(bundles: list[str]) 
         time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_parity_of_every_path_is_shown_by_one_command(bundles: list[str], rows: Path) -> None:
     command = [sys.executable, "-m", "mmray.cli", "parity", bundles[0], str(rows), "--rows", "100"]
     run = subprocess.run(command, capture_output=True, text=True, env=ALONE, check=False)

@@ -131,6 +131,7 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hopeless_trial_is_stopped_and_a_diverged_one_is_survived(
     ray_cluster: None, rows: Path, tmp_path: Path
 ) -> None:
