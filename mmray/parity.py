@@ -30,7 +30,7 @@ from mmray.slices import Table, cut, open_table, read_slice
 from mmray.source import ImageSource, bytes_or_path
 from mmray.table import cells
 
-PLACEMENTS = ((1, 1), (7, 2))  # rows per forward pass, actors
+PLACEMENTS = ((1, 1), (32, 2), (7, 2))  # rows per forward pass, actors
 ITEMS = 16  # per request
 Rows = list[dict[str, Any]]
 

@@ -53,10 +53,10 @@ SLICE_ROWS = 200
 STUCK_AFTER_S = 5
 LIMIT_S = 600  # for a run; one that takes longer does not end
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-HEAD_LOST_S = 10  # that a cluster waits for its head; Ray's own default is a minute
 RESUMABLE = 5  # exit code of a command that another try completes
 LEFT_ALONE = 1  # with which Ray ends a process whose cluster has lost its head, without a word to anybody
 HEAD_LOST = "RAY_gcs_rpc_server_reconnect_timeout_s"
+HEAD_LOST_S = 10  # that a cluster waits for its head; Ray's own default is a minute
 EVER_AGAIN = 10  # tries of a command
 
 
@@ -125,8 +125,8 @@ class Nodes:
     @property
     def environment(self) -> dict[str, str]:
         """Of a command on this cluster."""
-        given = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "AWS_"))}
-        return {**ALONE, **given, "RAY_ADDRESS": self._cluster.address, HEAD_LOST: str(HEAD_LOST_S)}
+        given = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", HEAD_LOST, "AWS_"))}
+        return {**ALONE, **given, "RAY_ADDRESS": self._cluster.address}
 
     def actors(self) -> dict[int, Any]:
         """The processes that score, and the node of each."""

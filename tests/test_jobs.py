@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from faults import upload
 from manifests import found
-from models import colour_table
+from models import colour_table, saved_bundle
 from processes import wait_for
 from ray_head import Head, running_head
 from render import render
@@ -154,11 +154,20 @@ def test_three_nodes_train_score_and_publish_every_night_whatever_happens_to_a_t
     assert (status, overlapping.returncode) == ("SUCCEEDED", 0), log
     assert sorted("another tick is at work" in words for words in (said, log)) == [False, True], said + log
     assert f"published number 1: {ROWS} rows, {ROWS} scored now" in said + log
-    published = read_published(deployment.published)
+    first = read_published(deployment.published)
     assert len({key.split("/")[2] for key in store.list("published/runs")}) == 1, "the run that was begun"
 
+    saved_bundle(tmp_path / "second", rows, seed=1)
+    with cluster.night(deployment.command(upload(tmp_path / "second", s3, "second")), "mmray-tick-2") as pod:
+        said, _ = pod.communicate(timeout=300)
+    assert pod.returncode == 0, said
+    assert f"published number 2: {ROWS} rows, {ROWS} scored now" in said
+    second = read_published(deployment.published)
+
     ids = [row for k in range(2) for row in pq.read_table(rows / f"part-{k}.parquet")["id"].to_pylist()]
-    (run,) = published.runs
-    assert verify_output(f"{deployment.published}/{run}", 2).passed
-    parts = [pq.read_table(BytesIO(open_store(deployment.published).read(part.key))) for part in published.parts]
-    assert [row for part in parts for row in part["id"].to_pylist()] == ids
+    for published in (first, second):
+        (run,) = published.runs
+        assert verify_output(f"{deployment.published}/{run}", 2).passed
+        parts = [pq.read_table(BytesIO(open_store(deployment.published).read(part.key))) for part in published.parts]
+        assert [row for part in parts for row in part["id"].to_pylist()] == ids
+    assert first.identity != second.identity

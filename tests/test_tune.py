@@ -15,6 +15,7 @@ from mmray.config import Config
 from mmray.config_file import load_config
 from mmray.errors import ConfigError
 from mmray.knobs import KNOBS, USUAL, chosen, sampled
+from mmray.train.job import train_model
 from mmray.tune import cutoffs, tune, variant
 
 
@@ -132,7 +133,7 @@ def test_what_is_finished_answers_at_once_as_a_table_with_flags_and_a_bundle(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_hopeless_trial_is_stopped_and_a_diverged_one_is_survived(
+def test_a_hopeless_trial_that_was_interrupted_is_stopped_where_it_was_and_a_diverged_one_is_survived(
     ray_cluster: None, rows: Path, tmp_path: Path
 ) -> None:
     train = {"learning_rate": 1e30, "epochs": 3, "storage": str(tmp_path), "max_failures": 0}
@@ -140,11 +141,15 @@ def test_a_hopeless_trial_is_stopped_and_a_diverged_one_is_survived(
     settings = sampled(config, ["learning_rate"], 5)
     for number in (1, 2, 3):  # better than anything that can be learned in an epoch
         finish(config, number, settings[number], 0.1, 0.1, 0.1 * number)
+    whole = train_model(variant(config, 4, settings[4]), cutoffs={1: 0.0})
+    fingerprint = load_bundle(whole.bundle).fingerprint
+    for lost in (tmp_path / "tune-4" / "bundle").iterdir():  # as if the driver had been killed after the epoch
+        lost.unlink()
     epochs: list[dict[str, Any]] = []
     found = tune(config, 5, ["learning_rate"], parallel=2, on_epoch=epochs.append)
     assert [trial["trial"] for trial in found["trials"]][-2:] == [4, 0]
     stopped, diverged = found["trials"][-2:]
     assert "loss" in diverged["diverged"]
-    assert (stopped["epochs"], stopped["of"]) == (1, 3)
-    assert [entry["epoch"] for entry in epochs if entry["trial"] == 4] == [1]
-    assert load_bundle(stopped["bundle"]).metrics["history"] == stopped["history"]
+    assert (stopped["epochs"], stopped["of"], stopped["history"]) == (1, 3, whole.history)
+    assert {entry["trial"] for entry in epochs} == {0}, "an epoch that is done is not done again"
+    assert load_bundle(stopped["bundle"]).fingerprint == fingerprint

@@ -2,6 +2,8 @@
 
 Reads preprocessed rows -> gives checkpoints in the run's folder. A worker that starts again continues after the last
 complete checkpoint, so neither a lost worker nor a killed driver costs more than an epoch.
+
+Ray Train gets no reports: each would wait until its controller looks again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
