@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from mmray.errors import EnvironmentFaultError
 
 GRACE_S = 20.0  # of the 30 that Kubernetes gives by default
+AGAIN_S = 0.2  # after which a signal is sent again that nobody has heard
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 RESUMES = "what is done is kept, the same command continues"
 
@@ -25,11 +26,13 @@ class Stop:
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
         self._signal: signal.Signals | None = None
-        self._asked, self._turn, self._over = threading.Event(), threading.Lock(), False
+        self._asked, self._heard = threading.Event(), threading.Event()
+        self._turn, self._over = threading.Lock(), False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Is the handler of Ctrl-C, SIGTERM, and the alarm that comes after it."""
         if self._signal is not None:
+            self._heard.set()
             _raise(self._signal)
         self._signal = signal.Signals(number)
         if number == signal.SIGTERM:
@@ -37,16 +40,22 @@ class Stop:
         self._asked.set()  # to call anything from here would be to call it in the middle of anything
 
     def wait(self) -> None:
-        """Has what is at work finished once there is a request, and then sends the signal again."""
+        """Has what is at work finished once there is a request, and then sends the signal again.
+
+        Until it is heard: of one that comes as the main thread is about to wait for a lock, Python hears with the next.
+        """
         self._asked.wait()
         if self._signal is None:
             return
         again = "; Ctrl-C again stops at once" if self._signal == signal.SIGINT else ""
         print(f"mmray: stopping when what is at work is done{again}", file=sys.stderr)
         self._finish()
-        with self._turn:
-            if not self._over:
+        while not self._heard.is_set():
+            with self._turn:
+                if self._over:
+                    return
                 signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
+            self._heard.wait(AGAIN_S)
 
     def end(self) -> None:
         """Sends and takes no more."""

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -53,3 +54,24 @@ def test_a_request_is_met_and_an_order_or_a_deadline_does_not_wait_for_it(
         assert process.wait() == code, errors
         assert "Traceback" not in errors
         assert ("the same command continues" in errors) == (code == 5)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 5)])
+def test_a_request_that_is_met_is_heard_whatever_the_main_thread_is_about_to_do(number: int, code: int) -> None:
+    """Where it was sent once, a process in twelve slept on until another signal came."""
+    program = PROGRAM.format(finish=AT_ONCE, grace_s=600)
+
+    def ended(_: int) -> int:
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"at work\n"
+            process.send_signal(number)  # now, that it comes before the thread has begun to wait
+            try:
+                return process.wait(30)
+            finally:
+                process.kill()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(ended, range(60))) == {code}
