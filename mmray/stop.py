@@ -7,6 +7,7 @@ nothing could be finished, once is enough.
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,8 +16,10 @@ from typing import Any, NoReturn
 from mmray.errors import EnvironmentFaultError
 
 GRACE_S = 20.0  # of the 30 that Kubernetes gives by default
-AGAIN_S = 0.2  # after which a signal is sent again that nobody has heard
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+NUDGE, NUDGE_S = signal.SIGURG, 0.2
+"""A signal that says nothing, and how often it is sent after a request. Python runs the handler of one that comes as the
+main thread is about to wait for a lock only with the next: it would sleep on."""
 RESUMES = "what is done is kept, the same command continues"
 
 
@@ -26,13 +29,11 @@ class Stop:
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish
         self._signal: signal.Signals | None = None
-        self._asked, self._heard = threading.Event(), threading.Event()
-        self._turn, self._over = threading.Lock(), False
+        self._asked, self._turn, self._over = threading.Event(), threading.Lock(), False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Is the handler of Ctrl-C, SIGTERM, and the alarm that comes after it."""
         if self._signal is not None:
-            self._heard.set()
             _raise(self._signal)
         self._signal = signal.Signals(number)
         if number == signal.SIGTERM:
@@ -40,22 +41,28 @@ class Stop:
         self._asked.set()  # to call anything from here would be to call it in the middle of anything
 
     def wait(self) -> None:
-        """Has what is at work finished once there is a request, and then sends the signal again.
-
-        Until it is heard: of one that comes as the main thread is about to wait for a lock, Python hears with the next.
-        """
+        """Has what is at work finished once there is a request, and then sends the signal again."""
         self._asked.wait()
         if self._signal is None:
             return
         again = "; Ctrl-C again stops at once" if self._signal == signal.SIGINT else ""
         print(f"mmray: stopping when what is at work is done{again}", file=sys.stderr)
-        self._finish()
-        while not self._heard.is_set():
-            with self._turn:
-                if self._over:
-                    return
-                signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
-            self._heard.wait(AGAIN_S)
+        finishing = threading.Thread(target=self._finish, daemon=True)
+        finishing.start()
+        finishing.join(NUDGE_S)
+        while finishing.is_alive() and self._send(NUDGE):
+            finishing.join(NUDGE_S)
+        number = self._signal
+        while self._send(number):
+            number = NUDGE
+            time.sleep(NUDGE_S)
+
+    def _send(self, number: signal.Signals) -> bool:
+        """Sends a signal to the main thread; False where it is over."""
+        with self._turn:
+            if not self._over:
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            return not self._over
 
     def end(self) -> None:
         """Sends and takes no more."""
@@ -81,6 +88,7 @@ def stoppable(finish: Callable[[], None]) -> Iterator[None]:
     stop = Stop(finish)
     threading.Thread(target=stop.wait, daemon=True).start()
     before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
+    before[NUDGE] = signal.signal(NUDGE, lambda *_: None)
     try:
         yield
     finally:

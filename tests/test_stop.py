@@ -57,17 +57,24 @@ def test_a_request_is_met_and_an_order_or_a_deadline_does_not_wait_for_it(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 5)])
-def test_a_request_that_is_met_is_heard_whatever_the_main_thread_is_about_to_do(number: int, code: int) -> None:
-    """Where it was sent once, a process in twelve slept on until another signal came."""
-    program = PROGRAM.format(finish=AT_ONCE, grace_s=600)
+@pytest.mark.parametrize(("finish", "times"), [(AT_ONCE, 1), (NEVER, 2)])
+def test_what_was_met_or_ordered_is_heard_whatever_the_main_thread_is_about_to_do(
+    finish: str, times: int, number: int, code: int
+) -> None:
+    """Where nobody nudged it, one process in twelve, or in thirty-three, slept on until another signal came."""
+    program = PROGRAM.format(finish=finish, grace_s=600)
 
     def ended(_: int) -> int:
         with subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             assert process.stdout is not None
+            assert process.stderr is not None
             assert process.stdout.readline() == b"at work\n"
             process.send_signal(number)  # now, that it comes before the thread has begun to wait
+            if times == 2:
+                process.stderr.readline()
+                process.send_signal(number)
             try:
                 return process.wait(30)
             finally:
