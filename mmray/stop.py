@@ -18,8 +18,8 @@ from mmray.errors import EnvironmentFaultError
 GRACE_S = 20.0  # of the 30 that Kubernetes gives by default
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 NUDGE, NUDGE_S = signal.SIGURG, 0.2
-"""A signal that says nothing, and how often it is sent after a request: the handler of one that comes as the main thread
-is about to wait for a lock runs with the next one, and it would sleep on."""
+"""A signal that says nothing, and how often it is sent after a request. Of one that comes as the main thread is about
+to wait for a lock, the handler runs with the next one only."""
 RESUMES = "what is done is kept, the same command continues"
 
 
