@@ -157,7 +157,7 @@ class RecurrentEncoderConfig(Section):
     pooling: Literal["last", "max", "mean"] = "max"
     """What of the states over the tokens is kept."""
     word_vectors: str | None = None
-    """Text file of `word v1 v2 ...` lines to start the embedding from."""
+    """What the embedding starts from: `package` (of the extra `pretrained`), or a file of `word v1 v2 ...` lines."""
 
 
 class BagEncoderConfig(Section):
@@ -167,7 +167,7 @@ class BagEncoderConfig(Section):
     embedding_dim: int = Field(default=128, ge=1)
     """Width of a word vector."""
     word_vectors: str | None = None
-    """Text file of `word v1 v2 ...` lines to start the embedding from."""
+    """What the embedding starts from: `package` (of the extra `pretrained`), or a file of `word v1 v2 ...` lines."""
 
 
 class WeightedSumConfig(Section):

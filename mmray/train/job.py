@@ -253,6 +253,8 @@ def _check_words(config: Config, vocabulary: Vocabulary | None) -> None:
             f"no word of the text column {config.table.text_column!r} is left for the vocabulary; "
             "lower text.min_count, or check the column"
         )
+    if vocabulary is not None and config.model.text_encoder.word_vectors is not None:
+        ENCODERS["text"](config, vocabulary.words)  # which says what is wrong with the vectors
 
 
 def _check_image_encoder(config: Config) -> None:
