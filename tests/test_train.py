@@ -160,7 +160,10 @@ def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path
         train_model(run_config(rows, tmp_path, "z", **regression))
 
 
-def test_training_that_is_interrupted_says_so_and_continues(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 5)])
+def test_training_that_is_stopped_says_so_and_continues(
+    rows: Path, tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
     recipe = tmp_path / "run.toml"
     recipe.write_text(
         f'[table]\ntrain = "{rows}"\n[image]\nsize = 16\n[model.image_encoder]\nchannels = [4]\nkind = "cnn"\n'
@@ -169,9 +172,9 @@ def test_training_that_is_interrupted_says_so_and_continues(rows: Path, tmp_path
     with subprocess.Popen([*COMMAND, "train", str(recipe)], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
         checkpoints = tmp_path / "run" / "checkpoints"
         wait_for(lambda: list(checkpoints.glob("*.safetensors")) or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate()
-    assert process.returncode == 130, errors
+    assert process.returncode == exit_code, errors
     assert "the same command continues" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "bundle").exists()
