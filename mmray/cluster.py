@@ -28,7 +28,7 @@ from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
-from mmray.stop import terminate
+from mmray.stop import terminable, terminate
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
 MAX_BLOCKS = 1024  # so many times as many slices are left, so many are handed out together
@@ -77,7 +77,8 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
     if in_main := threading.current_thread() is threading.main_thread():  # Ray has set a handler that says nothing
         signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else terminate)
     try:
-        yield
+        with terminable():
+            yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
         raise

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -101,6 +102,37 @@ def stoppable(finish: Callable[[], None]) -> Iterator[None]:
 def terminate(*_: Any) -> NoReturn:
     """Is the handler of SIGTERM where nothing could be finished."""
     _raise(signal.SIGTERM)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Makes SIGTERM heard where the main thread waits in Ray, for the duration of a `with` block.
+
+    Of what a handler raises there, Ray lets through only what Ctrl-C raises: SIGTERM becomes one. A handler other than
+    `terminate` stays.
+
+    Raises:
+        EnvironmentFaultError: SIGTERM came.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not terminate:
+        yield
+        return
+    told = threading.Event()
+
+    def as_ctrl_c(*_: object) -> None:
+        told.set()
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, as_ctrl_c)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if told.is_set():
+            traceback.clear_frames(interrupt.__traceback__)  # what Ray is at there ends while Ray is still there
+            _raise(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _raise(number: signal.Signals) -> NoReturn:

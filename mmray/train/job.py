@@ -32,7 +32,6 @@ from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
 from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
-from mmray.stop import terminate
 from mmray.store import open_store
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint
 from mmray.train.data import (
@@ -172,37 +171,22 @@ def _fit(
             dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
         )
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
-        with _stops_as_elsewhere():
+        with _ctrl_c_is_an_interruption():
             trainer.fit()
     return measured
 
 
 @contextmanager
-def _stops_as_elsewhere() -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM end training as they end other steps.
-
-    Ray Train's own handler of Ctrl-C ends the process as if all were well; and while the main thread waits in Ray, what
-    a handler raises is lost unless it is what Ctrl-C raises, so SIGTERM becomes one.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    terminated = threading.Event()
-
-    def on_sigterm(*_: object) -> None:
-        terminated.set()
-        signal.raise_signal(signal.SIGINT)
-
-    before = {signal.SIGINT: signal.getsignal(signal.SIGINT), signal.SIGTERM: signal.signal(signal.SIGTERM, on_sigterm)}
+def _ctrl_c_is_an_interruption() -> Iterator[None]:
+    """Makes Ctrl-C mean what it means elsewhere: Ray Train's own handler ends the process as if all were well."""
+    before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except (SystemExit, KeyboardInterrupt):
-        if terminated.is_set():
-            terminate()
+    except SystemExit:
         raise KeyboardInterrupt from None
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
