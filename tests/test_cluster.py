@@ -140,7 +140,7 @@ def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_wh
 def stop_one(output: Path) -> int:
     """Stops a process in the middle of a slice, and returns its id."""
     while True:
-        for attempt in output.glob("_mmray/attempts/*"):
+        for attempt in output.glob("_mmray/attempts/[!.]*"):  # a file that is being written begins with a dot
             with suppress(FileNotFoundError, ProcessLookupError):
                 pid = int(attempt.read_text().split()[2])
                 os.kill(pid, signal.SIGSTOP)
