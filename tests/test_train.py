@@ -160,7 +160,10 @@ def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path
         train_model(run_config(rows, tmp_path, "z", **regression))
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 5)])
+# SIGTERM goes the way of Ctrl-C, and one step further.
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 5)]
+)
 def test_training_that_is_stopped_says_so_and_continues(
     rows: Path, tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
