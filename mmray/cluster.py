@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import signal
-import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -28,7 +27,7 @@ from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
-from mmray.stop import terminable, terminate
+from mmray.stop import terminable
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
 MAX_BLOCKS = 1024  # so many times as many slices are left, so many are handed out together
@@ -74,18 +73,14 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
         raise EnvironmentFaultError(
             f"cannot {'reach the Ray cluster at ' + address if address else 'start Ray'}: {error}"
         ) from error
-    if in_main := threading.current_thread() is threading.main_thread():  # Ray has set a handler that says nothing
-        signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else terminate)
-    try:
-        with terminable():
+    with terminable(on_sigterm):
+        try:
             yield
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
-        raise
-    finally:
-        ray.shutdown()
-        if in_main:
-            signal.signal(signal.SIGTERM, on_sigterm)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
+            raise
+        finally:
+            ray.shutdown()
 
 
 def given_address() -> str | None:

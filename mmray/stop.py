@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -105,16 +104,19 @@ def terminate(*_: Any) -> NoReturn:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Makes SIGTERM heard where the main thread waits in Ray, for the duration of a `with` block.
+def terminable(before: Any) -> Iterator[None]:
+    """Makes SIGTERM heard where the main thread waits in Ray, for the duration of a `with` block in that thread.
 
-    Of what a handler raises there, Ray lets through only what Ctrl-C raises: SIGTERM becomes one. A handler other than
-    `terminate` stays.
+    Of what a handler raises there, Ray lets through only what Ctrl-C raises: SIGTERM becomes one.
+
+    Args:
+        before: the handler that SIGTERM had before Ray set its own, which says nothing; it has it again afterwards, and
+            meanwhile too, unless it is `terminate` or none.
 
     Raises:
         EnvironmentFaultError: SIGTERM came.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not terminate:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     told = threading.Event()
@@ -123,16 +125,15 @@ def terminable() -> Iterator[None]:
         told.set()
         signal.raise_signal(signal.SIGINT)
 
-    signal.signal(signal.SIGTERM, as_ctrl_c)
+    signal.signal(signal.SIGTERM, before if callable(before) and before is not terminate else as_ctrl_c)
     try:
         yield
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         if told.is_set():
-            traceback.clear_frames(interrupt.__traceback__)  # what Ray is at there ends while Ray is still there
             _raise(signal.SIGTERM)
         raise
     finally:
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _raise(number: signal.Signals) -> NoReturn:
