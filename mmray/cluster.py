@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -45,6 +46,7 @@ KEEP_MEMORY = {
 }
 """Runtime environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and
 that clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
+READER, READER_ENDS_S = "iter_threaded", 5.0  # Ray Data's name of it, and how long it is waited for
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
 _OURS = r"^mmray\.errors\.(\w+): (.+)$"  # as a remote traceback ends with our own errors
 _log = logging.getLogger(__name__)
@@ -80,7 +82,19 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
             traceback.clear_frames(error.__traceback__)  # what Ray Data is at there ends while Ray is still there
             raise
         finally:
+            _wait_for_readers()
             ray.shutdown()
+
+
+def _wait_for_readers() -> None:
+    """Waits until Ray Data's threads that read ahead have ended.
+
+    It tells them to end and does not wait; one that still asks Ray for something after `ray.shutdown` ends the process,
+    with exit code 1 and without a word.
+    """
+    for thread in threading.enumerate():
+        if thread.name == READER:
+            thread.join(READER_ENDS_S)
 
 
 def given_address() -> str | None:

@@ -121,6 +121,39 @@ def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     assert mmray("verify", output, "--level", "2").returncode == 0
 
 
+INTERRUPTED = """
+import threading, time
+import ray, ray.data
+from mmray.cluster import READER, cluster
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == READER]
+
+class Slow:
+    def __call__(self, rows):
+        time.sleep(0.2)
+        return rows
+
+end, left = ray.shutdown, []
+ray.shutdown = lambda: (left.extend(readers()), end())
+try:
+    with cluster(2):
+        rows = ray.data.range(32, override_num_blocks=32)
+        rows = rows.map_batches(Slow, batch_size=1, compute=ray.data.ActorPoolStrategy(size=2))
+        for row in rows.iter_rows():
+            assert readers(), "Ray Data reads ahead in threads of another name; see mmray.cluster.READER"
+            raise KeyboardInterrupt
+except KeyboardInterrupt:
+    assert not left, left
+"""
+
+
+def test_nothing_reads_on_when_an_interrupted_step_ends_its_cluster() -> None:
+    # It would end the process, with exit code 1 and without a word.
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, env=ALONE)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_when_it_goes_on(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
