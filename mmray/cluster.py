@@ -15,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,7 +24,8 @@ import ray.exceptions
 
 from mmray import errors
 from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
-from mmray.options import ScoreConfig
+from mmray.machine import KEEP_MEMORY, local_cpus
+from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import Slice, slices_to_arrow
 from mmray.stop import terminable
@@ -40,14 +40,7 @@ LOSSES = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.OutOfMemoryError,
 )
-CALLS_PER_ACTOR = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
-KEEP_MEMORY = {
-    "env_vars": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-}
-"""Runtime environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and
-that clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
 READER, READER_ENDS_S = "iter_threaded", 5.0  # Ray Data's name of it, and how long it is waited for
-CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
 _OURS = r"^mmray\.errors\.(\w+): (.+)$"  # as a remote traceback ends with our own errors
 _log = logging.getLogger(__name__)
 
@@ -102,14 +95,9 @@ def given_address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def local_cpus() -> int:
-    """Returns the CPUs this process may use: those it is bound to, or a container's share of them."""
-    bound = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path(CPU_QUOTA).read_text().split()
-        return max(min(bound, int(quota) // int(period)), 1)
-    except (OSError, ValueError):  # no cgroup, or no quota in it
-        return bound
+def environment(gpus: float) -> dict[str, Any] | None:
+    """Returns the runtime environment of processes that hold so many GPUs each."""
+    return None if gpus else {"env_vars": KEEP_MEMORY}
 
 
 def cpus_for(options: ScoreConfig) -> int:
@@ -169,8 +157,8 @@ def _one_pass(
     pool = ray.data.ActorPoolStrategy(
         min_size=placement.min_actors,
         max_size=placement.max_actors,
-        max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
-        max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,  # what waits for one that is slow, no other can take
+        max_concurrent_calls_per_actor=CALLS_PER_PROCESS,
+        max_tasks_in_flight_per_actor=CALLS_PER_PROCESS,  # what waits for one that is slow, no other can take
         enable_true_multi_threading=True,
     )
     rows = over_slices(
@@ -181,7 +169,7 @@ def _one_pass(
         num_cpus=placement.num_cpus,
         num_gpus=options.gpus_per_actor,
         label_selector=options.node_labels or None,
-        runtime_env=None if options.gpus_per_actor else KEEP_MEMORY,
+        runtime_env=environment(options.gpus_per_actor),
         max_restarts=max_retries,
         max_task_retries=max_retries,
     )

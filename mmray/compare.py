@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmray.bundle_info import read_info
-from mmray.cluster import cluster, local_cpus
+from mmray.cluster import cluster
 from mmray.config import Config
 from mmray.errors import ConfigError
 from mmray.evaluate import FUSED, LATE, evaluate_bundle
+from mmray.machine import local_cpus
 from mmray.metrics import PRIMARY
 from mmray.slices import open_table
 from mmray.store import open_parent

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from mmray.config import Section
 
+CALLS_PER_PROCESS = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
+
 
 class ScoreConfig(Section):
     """How a table is scored; only what may differ from run to run, for the rest is in the bundle."""
@@ -30,6 +32,8 @@ class ScoreConfig(Section):
     """Fewest scoring processes: from here they grow to `num_actors` as there is work; by default all start at once."""
     gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs each scoring process holds, or a fraction of one."""
+    local: bool | None = None
+    """Score by processes of this machine, without Ray; by default where no cluster is at hand and rows are few."""
     placement: Literal["auto", "local", "cluster"] = "auto"
     """Who prepares a process's rows: itself (local), or tasks on every node with a free CPU (cluster); auto takes the
     cluster where the CPUs beside the GPUs are few and other nodes have some."""
@@ -50,6 +54,17 @@ class ScoreConfig(Section):
         if self.min_actors is not None and self.num_actors is not None and self.min_actors > self.num_actors:
             raise ValueError(f"{self.min_actors} processes at least and {self.num_actors} at most leave none")
         return self
+
+    @model_validator(mode="after")
+    def _stay(self) -> "ScoreConfig":
+        if self.local and self.needs_cluster:
+            raise ValueError("--local is without Ray, which --gpus, --node-label, --placement and --min-actors need")
+        return self
+
+    @property
+    def needs_cluster(self) -> bool:
+        """Whether something is asked for that only Ray gives."""
+        return bool(self.gpus_per_actor or self.node_labels or self.min_actors or self.placement == "cluster")
 
     def numeric_options(self) -> dict[str, Any]:
         """Returns the settings that change what is written: part of the plan's identity."""

@@ -15,11 +15,12 @@ import ray
 from ray.util.queue import Queue
 
 from mmray.bundle_info import read_info
-from mmray.cluster import RAY_ERRORS, cluster, local_cpus, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, unwrap
 from mmray.config import Config
 from mmray.config_file import parse_config
 from mmray.errors import ConfigError, DivergenceError
 from mmray.knobs import chosen, sampled
+from mmray.machine import local_cpus
 from mmray.metrics import PRIMARY
 from mmray.store import open_store
 from mmray.train.data import check_label_column, open_tables

@@ -2,8 +2,9 @@
 
     python tests/kill.py --runs 60 --kills 5 --rows 20000 --seed 1 --json tests/soak/kills.json
 
-Each run is the command on a cluster of a head and two nodes. What is killed and after which slice, a seed decides; the
-command is given again where its own process ended, and must come to its end. A ledger that is there is continued.
+Each run is the command on a cluster of a head and two nodes, or without Ray (`--without-ray`). What is killed and after
+which slice, a seed decides; the command is given again where its own process ended, and must come to its end. A ledger
+that is there is continued.
 """
 
 import argparse
@@ -49,6 +50,7 @@ KINDS = {
     "head": 1,  # and the cluster with it; the command is given again on another
 }
 """What is killed, and how often beside the others."""
+KINDS_WITHOUT_RAY = {"actor": 5, "driver": 3, "twin": 1}
 SLICE_ROWS = 200
 STUCK_AFTER_S = 5
 LIMIT_S = 600  # for a run; one that takes longer does not end
@@ -82,8 +84,24 @@ class Run:
         return not (self.lost or self.doubled or self.changed or self.mismatches)
 
 
+class Alone:
+    """This machine, without a cluster."""
+
+    kinds, flag, environment = KINDS_WITHOUT_RAY, "--local", ALONE
+
+    def actors(self) -> dict[int, Any]:
+        """The processes that score, of any command."""
+        commands = {folder: folder / "cmdline" for folder in Path("/proc").glob("[0-9]*")}
+        return {int(f.name): None for f, command in commands.items() if b"mmray.score.local_worker" in read(command)}
+
+    def stop(self) -> None:
+        pass
+
+
 class Nodes:
     """A head that works for nobody and two nodes, on this machine."""
+
+    kinds, flag = KINDS, "--no-local"
 
     def __init__(self) -> None:
         from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
@@ -135,7 +153,7 @@ class Nodes:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in nodes and b"Placed" in (folder / "cmdline").read_bytes():
+                if parent in nodes and b"Placed" in read(folder / "cmdline"):
                     found[int(folder.name)] = nodes[parent]
         return found
 
@@ -143,8 +161,8 @@ class Nodes:
 class Loop:
     """Runs over one table, and what they should give."""
 
-    def __init__(self, folder: Path, root: str, rows: int) -> None:
-        """Takes a folder of its own, and the folder or bucket of the outputs."""
+    def __init__(self, folder: Path, root: str, rows: int, nodes: Any) -> None:
+        """Takes a folder of its own, the folder or bucket of the outputs, and where the runs are."""
         self._root, self._rows, self._num_slices = root, rows, rows // SLICE_ROWS
         table = write_table(folder / "rows", rows)
         bundle = saved_bundle(folder / "bundle", colour_table(folder / "clean", rows=12))
@@ -154,8 +172,8 @@ class Loop:
         if "://" in root:
             bundle, table = upload(folder / "bundle", root, "bundle"), upload(folder / "rows", root, "rows")
         self._command = ["score", bundle, str(table), "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
-        self._command += ["--stuck-after", str(STUCK_AFTER_S)]
-        self.nodes = Nodes()
+        self._command += ["--stuck-after", str(STUCK_AFTER_S), nodes.flag]
+        self.nodes = nodes
 
     def run(self, seed: int, num_kills: int) -> Run:
         """Scores the table once, and kills meanwhile.
@@ -166,7 +184,7 @@ class Loop:
         chance, started = random.Random(seed), time.monotonic()
         run, output = Run(seed, self._rows), f"{self._root}/run-{seed}"
         points = sorted(chance.sample(range(1, self._num_slices * 4 // 5), num_kills))
-        kinds = chance.choices([*KINDS], [*KINDS.values()], k=num_kills)
+        kinds = chance.choices([*self.nodes.kinds], [*self.nodes.kinds.values()], k=num_kills)
         job = Job(self.nodes, [*self._command[:3], output, *self._command[3:]], output, run)
         try:
             for point, kind in zip(points, kinds, strict=True):
@@ -331,18 +349,26 @@ def scored_rows(output: str) -> Iterator[tuple[int, str]]:
             yield row["id"], repr(row)
 
 
+def read(path: Path) -> bytes:
+    """What a process's file says, nothing where it has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def parts_of(output: str) -> int:
     return len(open_store(output).list("data"))
 
 
 @contextmanager
-def looping(folder: Path, root: str, rows: int) -> Iterator[Loop]:
+def looping(folder: Path, root: str, rows: int, *, without_ray: bool = False) -> Iterator[Loop]:
     """A loop for the duration of a `with` block."""
-    loop = Loop(folder, root, rows)
+    nodes = Alone() if without_ray else Nodes()
     try:
-        yield loop
+        yield Loop(folder, root, rows, nodes)
     finally:
-        loop.nodes.stop()
+        nodes.stop()
 
 
 @contextmanager
@@ -386,6 +412,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first run; the others have those after it")
     parser.add_argument("--store", choices=["local", "s3"], default="local", help="s3: it fails one request in five")
+    parser.add_argument("--without-ray", action="store_true", help="by processes of this machine")
     parser.add_argument("--json", type=Path, required=True, help="the ledger")
     given = parser.parse_args()
     ledger = json.loads(given.json.read_text()) if given.json.exists() else {"commands": [], "runs": []}
@@ -395,11 +422,11 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         place_of(given.store, Path(folder), given.seed) as root,
-        looping(Path(folder), root, given.rows) as loop,
+        looping(Path(folder), root, given.rows, without_ray=given.without_ray) as loop,
     ):
         for seed in range(given.seed, given.seed + given.runs):
             run = loop.run(seed, given.kills)
-            ledger["runs"].append({"store": given.store, **asdict(run)})
+            ledger["runs"].append({"store": given.store, "ray": not given.without_ray, **asdict(run)})
             ledger["total"] = summary(ledger["runs"])
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(ledger, indent=1) + "\n")

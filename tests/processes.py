@@ -1,19 +1,74 @@
 """What tests share that start processes and wait for them."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 # A process of its own starts a cluster of its own: nothing of one in this process is handed down.
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 COMMAND = [sys.executable, "-m", "mmray.cli"]
 
 
-def mmray(*arguments: object) -> subprocess.CompletedProcess[str]:
+def mmray(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of ours to its end."""
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ALONE)
+    command, variables = [*COMMAND, *map(str, arguments)], {**ALONE, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command of ours in a process group of its own, killed where it does not end."""
+    command = [*COMMAND, *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ALONE, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def num_parts(output: Path) -> int:
+    """How many slices of a run are there."""
+    return len(list(output.glob("data/*.parquet")))
+
+
+def pid_at_work(output: Path) -> int:
+    """The id of a process in the middle of a slice of a run."""
+    while True:
+        for attempt in output.glob("_mmray/attempts/[!.]*"):  # a file that is being written begins with a dot
+            with suppress(FileNotFoundError):
+                return int(attempt.read_text().split()[2])
+
+
+def check_interruptions(output: Path, command: list[object], slices: int) -> None:
+    """Interrupts, stops and kills a command that scores, and sees it resume each time, and end with every row."""
+    for kill, code in ((signal.SIGINT, 130), (signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)):
+        before = num_parts(output)
+        with started(*command) as process:
+            wait_for(lambda: num_parts(output) > before or process.poll() is not None)  # noqa: B023
+            if kill is signal.SIGINT:
+                os.killpg(process.pid, kill)  # as a terminal does
+            else:
+                process.send_signal(kill)
+            _, errors = process.communicate()
+        assert process.returncode == code, errors
+        assert "Traceback" not in errors
+        if kill is not signal.SIGKILL:
+            assert "the same command continues" in errors.splitlines()[-1]
+            assert not list((output / "_mmray" / "attempts").iterdir()), "what was at work was done"
+        assert before < num_parts(output) < slices, "it was stopped in the middle"
+        assert not (output / "_SUCCESS").exists()
+    committed = num_parts(output)
+    finished = mmray(*command)
+    assert finished.returncode == 0, finished.stderr
+    scored = int(re.findall(rf"(\d+) of {slices} slices", finished.stdout)[0])
+    assert 0 < scored <= slices - committed, "processes that outlived their driver may have done some more"
+    assert mmray("verify", output, "--level", "2").returncode == 0
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:

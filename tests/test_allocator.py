@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mmray.cluster import KEEP_MEMORY
+from mmray.machine import KEEP_MEMORY
 
 PROGRAM = """
 import resource, threading, torch
@@ -28,4 +28,4 @@ def test_what_a_tensor_gives_back_the_next_one_gets_without_a_page_fault(main: b
         command, environment = [sys.executable, "-c", PROGRAM.format(main=main)], {**os.environ, **environment}
         return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
-    assert faults(**KEEP_MEMORY["env_vars"]) < faults() / 10
+    assert faults(**KEEP_MEMORY) < faults() / 10

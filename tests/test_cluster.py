@@ -1,12 +1,10 @@
 """Scoring on a real Ray cluster: interruptions, hostile rows, and what one process gives."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, COMMAND, mmray, wait_for
+from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import BundleError
@@ -96,29 +94,8 @@ def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, str(rows), str(output), "--slice-rows", "1", "--actors", "2"]
-    for kill, code in ((signal.SIGINT, 130), (signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)):
-        before = num_parts(output)
-        with started(command) as process:
-            wait_for(lambda: num_parts(output) > before or process.poll() is not None)  # noqa: B023
-            if kill is signal.SIGINT:
-                os.killpg(process.pid, kill)  # as a terminal does
-            else:
-                process.send_signal(kill)
-            _, errors = process.communicate()
-        assert process.returncode == code, errors
-        assert "Traceback" not in errors
-        if kill is not signal.SIGKILL:
-            assert "the same command continues" in errors.splitlines()[-1]
-            assert not list((output / "_mmray" / "attempts").iterdir()), "what was at work was done"
-        assert before < num_parts(output) < 240, "it was stopped in the middle"
-        assert not (output / "_SUCCESS").exists()
-    committed = num_parts(output)
-    finished = mmray(*command)
-    assert finished.returncode == 0, finished.stderr
-    scored = int(re.findall(r"(\d+) of 240 slices", finished.stdout)[0])
-    assert 0 < scored <= 240 - committed, "workers that outlived their driver may have done some more"
-    assert mmray("verify", output, "--level", "2").returncode == 0
+    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--no-local"]
+    check_interruptions(output, command, 240)
 
 
 INTERRUPTED = """
@@ -158,8 +135,8 @@ def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_wh
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, str(rows), str(output), "--slice-rows", "1", "--actors", "2", "--stuck-after", "5"]
-    with started(command) as process:
+    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--stuck-after", 5, "--no-local"]
+    with started(*command) as process:
         wait_for(lambda: num_parts(output) or process.poll() is not None)
         stopped = stop_one(output)
         _, errors = process.communicate(timeout=120)
@@ -173,25 +150,12 @@ def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_wh
 def stop_one(output: Path) -> int:
     """Stops a process in the middle of a slice, and returns its id."""
     while True:
-        for attempt in output.glob("_mmray/attempts/[!.]*"):  # a file that is being written begins with a dot
-            with suppress(FileNotFoundError, ProcessLookupError):
-                pid = int(attempt.read_text().split()[2])
-                os.kill(pid, signal.SIGSTOP)
-                if attempt.exists():
-                    return pid
-                os.kill(pid, signal.SIGCONT)
-
-
-@contextmanager
-def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process group of its own, killed where it does not end."""
-    with subprocess.Popen(
-        [*COMMAND, *command], stderr=subprocess.PIPE, text=True, env=ALONE, start_new_session=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        pid = pid_at_work(output)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            if str(pid) in [path.read_text().split()[2] for path in output.glob("_mmray/attempts/[!.]*")]:
+                return pid
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_finished_run_answers_without_ray_or_a_model(rows: Path, bundle: str, tmp_path: Path) -> None:
@@ -212,7 +176,3 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
-
-
-def num_parts(output: Path) -> int:
-    return len(list(output.glob("data/*.parquet")))

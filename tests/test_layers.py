@@ -12,7 +12,7 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 
 # Lower layers first. A module may import from its own layer's folder and from the layers before it.
 LAYERS = (
-    {"errors"},
+    {"errors", "machine"},
     {"config", "stop"},
     {"options"},
     {"table", "store"},
@@ -54,6 +54,7 @@ RAY = {
 }
 NO_TORCH = {
     "errors",
+    "machine",
     "config",
     "options",
     "config_file",

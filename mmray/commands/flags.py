@@ -39,6 +39,11 @@ def add_score_options(parser: Any) -> None:
     """Adds all that `ScoreConfig` has."""
     add_placement(parser)
     parser.add_argument("--probabilities", action="store_true", help="add the probability of every label")
+    parser.add_argument(
+        "--local",
+        action=argparse.BooleanOptionalAction,
+        help="without Ray (default: few rows)",
+    )
     parser.add_argument("--min-actors", type=int, metavar="N", help="begin with so few and grow (default: all at once)")
     parser.add_argument("--placement", choices=["auto", "cluster", "local"], help="who decodes (default: auto)")
     parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")

@@ -18,7 +18,7 @@ def _add_tick(commands: Any) -> None:
         "tick",
         usage="%(prog)s BUNDLE TABLE ROOT [options]",
         help="score what is new in a table, and publish the whole",
-        description="One tick of a schedule: score the files of TABLE that are new or changed since what is published "
+        description="Score the files of TABLE that are new or changed since what is published "
         "under ROOT, or all of them for a new model, and publish the whole under the next number. Safe to run twice, "
         "late, or at the same time as another.",
     )

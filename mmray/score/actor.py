@@ -22,15 +22,14 @@ from mmray.score.carry import Carry
 from mmray.score.commit import Receipt, receipts_to_arrow
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
-from mmray.score.watchdog import Watchdog
-from mmray.score.worker import Scored, SliceScorer
+from mmray.score.worker import Scored, WatchedScorer
 from mmray.slices import Slice, slices_from_arrow
 from mmray.table import Status
 
 _log = logging.getLogger(__name__)
 
 
-class ScoringActor(SliceScorer):
+class ScoringActor(WatchedScorer):
     """A scorer among others on a cluster."""
 
     def __init__(
@@ -50,9 +49,8 @@ class ScoringActor(SliceScorer):
             self._meters.restarted()
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
         arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
-        self._watchdog = Watchdog(options.stuck_after_s)
         self._here = threading.local()
-        super().__init__(*arguments, carry=carry, on_stage=self._stage, feed_of=feed_of)
+        super().__init__(*arguments, carry=carry, on_stage=self._meters.stage, feed_of=feed_of)
         node = ray.get_runtime_context().get_node_id()
         self._event("ready", node=node, fingerprint=self._predictor.bundle.fingerprint)
 
@@ -75,7 +73,7 @@ class ScoringActor(SliceScorer):
     def score(self, piece: Slice) -> Receipt:
         """Scores, commits, counts and logs one slice."""
         started = time.perf_counter()
-        with self._meters.slice(), self._watchdog.watching():
+        with self._meters.slice():
             try:
                 receipt = super().score(piece)
             except Exception as error:
@@ -97,12 +95,7 @@ class ScoringActor(SliceScorer):
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         self._event("slice apart", slice=piece.index)
         self._foreman.spare.remote(self._here.attempt)
-        with self._watchdog.paused():  # its child is watched by itself
-            return super()._score_apart(piece, rows)
-
-    def _stage(self, stage: str, seconds: float) -> None:
-        self._meters.stage(stage, seconds)
-        self._watchdog.progress()
+        return super()._score_apart(piece, rows)
 
     def _event(self, event: str, **fields: Any) -> None:
         _log.info(json.dumps({"event": event, "run": self._run, "time": round(time.time(), 3), **fields}))

@@ -72,7 +72,7 @@ class Attempts:
             self._store.delete(begun)
         raise EnvironmentFaultError(
             f"{len(dead)} processes died at rows {piece.first_row} to {piece.first_row + piece.num_rows - 1} of "
-            f"{piece.uri}, also where each row is scored in a process of its own; see the logs of Ray's workers, then "
+            f"{piece.uri}, also where each row is scored in a process of its own; see their logs, then "
             "run again"
         )
 

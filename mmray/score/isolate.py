@@ -6,15 +6,11 @@ fault, and the batch is scored without them: the others are among the neighbours
 """
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +19,7 @@ from mmray import errors
 from mmray.errors import EnvironmentFaultError
 from mmray.predictor import OnStage, Predictor
 from mmray.score.child import FORWARD, PREPARE, READ
+from mmray.score.spawn import spawn
 from mmray.table import Fault, Reason, append_columns, fault
 
 START_S = 300  # to import, and to load a bundle
@@ -184,14 +181,7 @@ class Isolation:
 
     def _start(self) -> None:
         self._end()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "mmray.score.child", str(theirs.fileno())]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment
-            )
-        self._connection = Connection(ours.detach())
+        self._child, self._connection = spawn("mmray.score.child")
         self._connection.send_bytes(json.dumps(self._settings).encode())
         message = self._hear("start", START_S)
         if message.get("ours"):

@@ -1,13 +1,14 @@
-"""Places the scoring of slices on Ray Data, and completes the run.
+"""Has the slices of a plan scored, by Ray Data or by processes of this machine, and completes the run.
 
 Reads a bundle and a table -> gives an output folder with `_SUCCESS`. The same command resumes: it scores the slices
 that are not there yet, in O(slices).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.options import ScoreConfig
@@ -15,6 +16,7 @@ from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
 from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row
 from mmray.score.ledger import Ledger
+from mmray.score.local import local_pool, scores_here
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
 from mmray.stop import stoppable
@@ -118,22 +120,40 @@ def score_plan(
 def _run(
     bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig, carry: Carry | None
 ) -> Iterator[Receipt]:
-    # Ray is loaded only where there is work: a finished run answers without it.
+    allowed = max(MAX_DEATHS, len(todo) // 4)
+    in_all = allowed + Attempts(open_store(output)).left()
+    arguments = (bundle, output, plan.hash, plan.image_roots)
+    if scores_here(todo, options):
+        given = (*arguments, options), {"carry": carry}
+        with local_pool(todo, given, options, allowed) as pool, stoppable(pool.finish):
+            yield from while_few_die(pool.receipts(), in_all)
+    else:
+        with closing(_on_ray(arguments, plan, todo, options, carry, allowed)) as receipts:
+            yield from while_few_die(receipts, in_all)
+
+
+def _on_ray(
+    arguments: tuple[Any, ...],
+    plan: Plan,
+    todo: Sequence[Slice],
+    options: ScoreConfig,
+    carry: Carry | None,
+    max_deaths: int,
+) -> Generator[Receipt]:
+    # Ray is loaded only where there is work for it: a finished run answers without it.
     from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
     from mmray.score.foreman import foreman_of
     from mmray.score.meters import RunMeters
     from mmray.score.placed import Placed
 
     with cluster(cpus_for(options)), foreman_of(options) as foreman, stoppable(foreman.finish):
-        arguments = (bundle, output, plan.hash, plan.image_roots, carry, foreman.actor)
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
-        allowed, name = max(MAX_DEATHS, len(todo) // 4), f"mmray score {plan.hash[:8]}"
-        before = Attempts(open_store(output)).left()
+        name, more = f"mmray score {plan.hash[:8]}", (carry, foreman.actor)
         try:
-            with closing(map_slices(todo, Placed, arguments, options, name, max_retries=allowed)) as rows:
-                for receipt in while_few_die(map(receipt_from_row, rows), before + allowed):
+            with closing(map_slices(todo, Placed, (*arguments, *more), options, name, max_retries=max_deaths)) as rows:
+                for row in rows:
                     meters.slice_done()
-                    yield receipt
+                    yield receipt_from_row(row)
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
 
@@ -150,8 +170,8 @@ def while_few_die(receipts: Iterable[Receipt], allowed: int) -> Iterator[Receipt
         deaths += receipt.deaths
         if deaths > allowed:
             raise EnvironmentFaultError(
-                f"processes died {deaths} times at slices, which is more than rows that kill explain; see the logs of "
-                "Ray's workers; what is done is kept, the same command continues"
+                f"processes died {deaths} times at slices, which is more than rows that kill explain; see their "
+                "logs; what is done is kept, the same command continues"
             )
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -22,6 +23,7 @@ from mmray.score.carry import Carry, Score
 from mmray.score.commit import Output, Receipt, receipts_to_arrow
 from mmray.score.isolate import Isolation
 from mmray.score.ledger import Ledger
+from mmray.score.watchdog import Watchdog
 from mmray.slices import Slice, read_slice, slices_from_arrow
 from mmray.source import ImageSource
 from mmray.table import Reason
@@ -116,6 +118,28 @@ class SliceScorer:
         if self._carry is None:
             return score(rows), 0
         return self._carry.score(piece, rows, self._predictor, score)
+
+
+class WatchedScorer(SliceScorer):
+    """One whose process ends itself where a slice gets on no more; a process can have one."""
+
+    def __init__(self, *arguments: Any, on_stage: OnStage = lambda stage, seconds: None, **more: Any) -> None:
+        """Takes what `SliceScorer` does; the options come last of the positional arguments."""
+        self._on_stage_too, self._watchdog = on_stage, Watchdog(arguments[-1].stuck_after_s)
+        super().__init__(*arguments, on_stage=self._progress, **more)
+
+    def score(self, piece: Slice) -> Receipt:
+        """See `SliceScorer.score`."""
+        with self._watchdog.watching():
+            return super().score(piece)
+
+    def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
+        with self._watchdog.paused():  # its child is watched by itself
+            return super()._score_apart(piece, rows)
+
+    def _progress(self, stage: str, seconds: float) -> None:
+        self._on_stage_too(stage, seconds)
+        self._watchdog.progress()
 
 
 def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:

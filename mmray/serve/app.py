@@ -25,7 +25,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 
 from mmray.bundle_info import read_info
-from mmray.cluster import KEEP_MEMORY, cluster, given_address, unwrap
+from mmray.cluster import cluster, environment, given_address, unwrap
 from mmray.config import Section
 from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.serve.api import build_api
@@ -107,7 +107,7 @@ def application(bundle: str, settings: ServeConfig) -> serve.Application:
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": settings.gpus_per_replica,
-            "runtime_env": {} if settings.gpus_per_replica else KEEP_MEMORY,
+            "runtime_env": environment(settings.gpus_per_replica) or {},
         },
         user_config={"bundle": bundle},
         max_ongoing_requests=settings.max_ongoing,

@@ -16,10 +16,11 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 
-from mmray.cluster import KEEP_MEMORY, MAX_RETRIES, local_cpus, over_slices
+from mmray.cluster import MAX_RETRIES, environment, over_slices
 from mmray.config import Config, TableConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label, label_name, label_names, number
+from mmray.machine import local_cpus
 from mmray.preprocess import Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.preprocess.text import Vocabulary, tokenize
@@ -178,7 +179,7 @@ def with_features(rows: ray.data.Dataset, split: Split, config: Config) -> ray.d
         compute=pool,
         num_cpus=1,
         num_gpus=1 if gpus else 0,
-        runtime_env=None if gpus else KEEP_MEMORY,
+        runtime_env=environment(gpus),
     )
 
 

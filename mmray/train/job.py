@@ -26,10 +26,11 @@ from ray.util.queue import Empty, Queue
 
 from mmray.bundle import Bundle, save_bundle, without_weight_files
 from mmray.bundle_info import read_info
-from mmray.cluster import KEEP_MEMORY, RAY_ERRORS, cluster, given_address, local_cpus, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, environment, given_address, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
+from mmray.machine import local_cpus
 from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
@@ -164,7 +165,7 @@ def _fit(
                 name="ray",
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(train.max_failures),
-                worker_runtime_env=None if train.use_gpu else KEEP_MEMORY,  # type: ignore[call-arg]  # as above
+                worker_runtime_env=environment(train.use_gpu),  # type: ignore[call-arg]  # as above
             ),
             datasets={"train": rows["train"].materialize() if cached else rows["train"], "validation": validation},
             # Every worker sees every row of what is cached, and takes its own; Ray's even split drops the rest.

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmray.cluster import local_cpus
 from mmray.config import Config
 from mmray.errors import TableError
+from mmray.machine import local_cpus
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature

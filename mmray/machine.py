@@ -1,0 +1,19 @@
+"""What this machine gives the processes of a step: CPUs, and memory that stays with who had it."""
+
+import os
+from pathlib import Path
+
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and that
+clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
+
+
+def local_cpus() -> int:
+    """Returns the CPUs this process may use: those it is bound to, or a container's share of them."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path(CPU_QUOTA).read_text().split()
+        return max(min(bound, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # no cgroup, or no quota in it
+        return bound

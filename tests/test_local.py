@@ -1,0 +1,121 @@
+"""Scoring without Ray, by processes of this machine: the same files, and no less is survived."""
+
+import dataclasses
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from models import colour_table, saved_bundle, score_in_process
+from processes import check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
+
+from mmray.bundle import load_bundle, save_bundle
+from mmray.options import ScoreConfig
+from mmray.score.local import MAX_ROWS, scores_here
+from mmray.slices import Slice
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_table(tmp_path_factory.mktemp("rows"), rows=240)
+
+
+@pytest.fixture(scope="module")
+def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
+
+
+def test_it_gives_the_files_of_one_process_byte_for_byte_and_loads_no_ray(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    output, options = tmp_path / "out", ScoreConfig(slice_rows=30)
+    (tmp_path / "ray.py").write_text("raise ImportError('not here')")
+    run = mmray("score", bundle, rows, output, "--slice-rows", 30, "--actors", 2, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert "240 rows: 240 ok" in run.stdout
+    score_in_process(bundle, str(rows), str(tmp_path / "alone"), options)
+    assert scored_files(output) == scored_files(tmp_path / "alone")
+    assert mmray("verify", output, "--level", 2).returncode == 0
+
+
+def scored_files(output: Path) -> dict[str, bytes]:
+    """The files of a run."""
+    return {path.name: path.read_bytes() for path in output.glob("data/*.parquet")}
+
+
+def test_a_process_that_is_killed_is_replaced(rows: Path, bundle: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with started("score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local") as process:
+        killed = set[int]()
+        while len(killed) < 3 and process.poll() is None:
+            with suppress(ProcessLookupError):
+                pid = pid_at_work(output)
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+                wait_for(lambda: num_parts(output) > 10 * len(killed) or process.poll() is not None)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(killed) == 3
+    assert "processes said" not in errors
+    assert mmray("verify", output, "--level", 2).returncode == 0
+
+
+def test_a_run_that_is_stopped_and_then_killed_resumes_with_the_same_command(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    check_interruptions(output, ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local"], 240)
+
+
+def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:
+    loaded = load_bundle(bundle)
+    weights = {**loaded.weights, "head._linear.weight": loaded.weights["head._linear.weight"].flip(0).contiguous()}
+    save_bundle(dataclasses.replace(loaded, weights=weights), str(tmp_path / "other"))
+    run = mmray("score", tmp_path / "other", rows, tmp_path / "out", "--local")
+    assert run.returncode == 2
+    assert "golden rows come out" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_processes_that_do_not_start_end_the_run_and_leave_what_they_said(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'mmray.score.local_worker' in sys.orig_argv: sys.exit('no room here')\n"
+    )
+    run = mmray("score", bundle, rows, tmp_path / "out", "--local", PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
+    assert run.returncode == 5
+    (log,) = tmp_path.glob("mmray-*.log")
+    assert str(log) in run.stderr.splitlines()[-1]
+    assert "no room here" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "here"),
+    [
+        ({}, MAX_ROWS, True),
+        ({}, MAX_ROWS + 1, False),
+        ({"local": True}, MAX_ROWS + 1, True),
+        ({"local": False}, 1, False),
+        ({"gpus_per_actor": 1.0}, 1, False),
+        ({"node_labels": {"a": "b"}}, 1, False),
+        ({"placement": "cluster"}, 1, False),
+    ],
+)
+def test_few_rows_need_no_cluster(
+    options: dict[str, object], rows: int, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices = [Slice(0, "a.parquet", "1", 0, rows)]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert scores_here(slices, ScoreConfig.model_validate(options)) == here
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert scores_here(slices, ScoreConfig.model_validate(options)) == bool(options.get("local"))
+
+
+def test_what_only_ray_gives_is_refused(rows: Path, bundle: str, tmp_path: Path) -> None:
+    run = mmray("score", bundle, rows, tmp_path / "out", "--local", "--gpus", 1)
+    assert run.returncode == 2
+    assert "--local" in run.stderr
