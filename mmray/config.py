@@ -356,6 +356,8 @@ class TrainConfig(Section):
     """Decoded training rows up to this size stay in memory; larger tables are decoded each epoch."""
     max_failures: int = Field(default=2, ge=0)
     """Worker failures survived before the run stops."""
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    """After so long an epoch is saved in its middle too, as it is when a node with a worker is about to go."""
     storage: str = "runs"
     """Folder or URI for checkpoints and the bundle."""
     name: str | None = None

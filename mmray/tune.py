@@ -24,8 +24,9 @@ from mmray.machine import local_cpus
 from mmray.metrics import PRIMARY
 from mmray.store import open_store
 from mmray.train.data import check_label_column, open_tables
-from mmray.train.job import OnEpoch, TrainResult, check_gpu_request, progress_queue, train_model
+from mmray.train.job import TrainResult, check_gpu_request, train_model
 from mmray.train.task import with_task
+from mmray.train.trainer import OnEpoch, progress_queue
 
 REDUCTION = 3  # of the trials at a rung, one in so many goes on (eta in Li et al. 2020)
 RUNGS = 2  # below the last epoch: a ninth of the epochs tells something, less is noise

@@ -50,7 +50,7 @@ BINARY: dict[str, Any] = {
         "fusion": {"kind": "weighted_sum", "alpha": "gated"},
         "modality_dropout": 0.3,
     },
-    "train": {"epochs": 4},
+    "train": {"epochs": 4, "batch_size": 8},
 }
 
 
@@ -111,15 +111,18 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     temperature = load_bundle(whole.bundle).weights["head.temperature"].item()
     assert temperature == pytest.approx(whole.best["temperature"])
     assert again.bundle == whole.bundle
-    part = tmp_path / "b"
-    shutil.copytree(tmp_path / "a", part)
-    # As if the driver had been killed after the third epoch.
-    for lost in [*(part / "run" / "bundle").iterdir(), part / "run" / "checkpoints" / "epoch-000004.safetensors"]:
-        lost.unlink()
-    resumed = train_model(run_config(rows, part, "run", **BINARY))
-    assert resumed.trained_epochs == 1
-    assert resumed.history == whole.history
-    assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
+    run = tmp_path / "b" / "run"
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    often = {**BINARY, "train": {**BINARY["train"], "checkpoint_minutes": 0}}
+    # As if the driver had been killed after the third epoch, and then in the middle of the fourth.
+    for last in ("epoch-000003.safetensors", "epoch-000003.step-000000020.safetensors"):
+        for lost in [*(run / "bundle").iterdir(), run / "checkpoints" / "epoch-000004.safetensors"]:
+            lost.unlink()
+        assert max(path.name for path in (run / "checkpoints").iterdir()) == last
+        resumed = train_model(run_config(rows, tmp_path / "b", "run", **often))
+        assert resumed.trained_epochs == 1
+        assert resumed.history == whole.history
+        assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
 
 
 def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weights(

@@ -8,11 +8,8 @@ import hashlib
 import json
 import math
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +17,7 @@ import ray
 import ray.data
 import ray.exceptions
 import ray.train
-import ray.train.torch
 import torch
-from ray.util.queue import Empty, Queue
 
 from mmray.bundle import Bundle, save_bundle, without_weight_files
 from mmray.bundle_info import read_info
@@ -51,10 +46,11 @@ from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
 from mmray.train.task import with_task, with_two_labels
+from mmray.train.trainer import OnEpoch, Trainer, ctrl_c_is_an_interruption, progress_queue
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
-OnEpoch = Callable[[dict[str, Any]], None]
-"""Called with the history's entry of each epoch as it ends."""
+HOW_IT_RUNS = {"storage", "name", "num_workers", "shard", "accumulation", "max_failures", "checkpoint_minutes"}
+"""Settings that do not change what a run is: where it is kept, how many processes work on it, in what parts."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def _fit(
             cutoffs=cutoffs,
             progress=progress,
         )
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = Trainer(
             train_worker,
             train_loop_config={"settings": settings},
             scaling_config=ray.train.ScalingConfig(
@@ -172,44 +168,9 @@ def _fit(
             dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
         )
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
-        with _ctrl_c_is_an_interruption():
+        with ctrl_c_is_an_interruption():
             trainer.fit()
     return measured
-
-
-@contextmanager
-def _ctrl_c_is_an_interruption() -> Iterator[None]:
-    """Makes Ctrl-C mean what it means elsewhere: Ray Train's own handler ends the process as if all were well."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def progress_queue(on_epoch: OnEpoch) -> Iterator[Queue]:
-    """Yields a queue whose entries are handed to `on_epoch` as they come."""
-    entries, stop = Queue(actor_options={"num_cpus": 0}), threading.Event()
-
-    def drain() -> None:
-        while not stop.is_set() or not entries.empty():
-            try:
-                on_epoch(entries.get(timeout=0.5))
-            except Empty:
-                continue
-
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    try:
-        yield entries
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        entries.shutdown()
 
 
 def with_epochs(config: Config, rows: int) -> Config:
@@ -221,10 +182,7 @@ def with_epochs(config: Config, rows: int) -> Config:
 
 def _claim_run(config: Config, tables: Tables) -> str:
     """Returns the run's folder; refuses one that belongs to another configuration or other tables."""
-    # Where a run is kept, how many processes work on it and in what parts do not change what it is.
-    settings = config.model_dump(
-        mode="json", exclude={"train": {"storage", "name", "num_workers", "shard", "accumulation", "max_failures"}}
-    )
+    settings = config.model_dump(mode="json", exclude={"train": HOW_IT_RUNS})
     files = [[f.uri, f.size, f.version] for t in (tables.train, tables.validation) if t for f in t.files]
     digest = hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
     folder = open_store(config.train.storage).child(config.train.name or digest[:12])

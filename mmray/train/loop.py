@@ -1,19 +1,18 @@
 """What each training worker does: epochs of steps, a validation after each, a checkpoint of both.
 
-Reads preprocessed rows -> gives checkpoints in the run's folder. A worker that starts again continues after the last
-complete checkpoint, so neither a lost worker nor a killed driver costs more than an epoch.
+Reads preprocessed rows -> gives checkpoints in the run's folder, of each epoch and of long ones in between. A worker
+that starts again continues after the last: so much a lost worker, node or driver costs, and nothing else changes.
 
 Ray Train gets no reports: each would wait until its controller looks again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mmray.config import Config
@@ -22,7 +21,8 @@ from mmray.machine import local_cpus
 from mmray.metrics import measure
 from mmray.model import FusionModel
 from mmray.model.calibration import fit_temperature
-from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from mmray.train.checkpoint import Checkpoint, Part, latest_checkpoint, save_checkpoint
+from mmray.train.interim import Interim, from_first, gather, part_of, resume
 from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
@@ -75,25 +75,37 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     optimizer = build_optimizer(config, model)
     steps = Steps(shared, model, optimizer, config, settings.num_steps, settings.files)
     rows, validation = _rows(settings), CachedRows("validation")
-    state = _from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
+    state = from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
+    part, interim = None, Interim(train.checkpoint_minutes)
     if state is not None:
         restore(state, model, optimizer)
-        history, best = state.history, dict(state.best)
-    steps.done = len(history) * settings.num_steps // train.epochs
+        history, best, part = state.history, dict(state.best), state.part
+
+    def save(weights: Mapping[str, Tensor], part: Part | None = None) -> None:
+        checkpoint = Checkpoint(weights, best, moments_of(model, optimizer), history, part)
+        if rank == 0:
+            save_checkpoint(settings.folder, checkpoint)
+        interim.saved()
+
     while len(history) < train.epochs and not _should_stop(history, settings):
         torch.manual_seed(train.seed + 1000 * len(history) + rank)  # the same whether the run was interrupted or not
-        mean_loss = _mean(steps.run(rows.epoch(len(history))))
+        losses, part = resume(part), None
+        steps.done = len(history) * settings.num_steps // train.epochs + len(losses)
+        for value in steps.run(rows.epoch(len(history), len(losses))):
+            losses.append(value)
+            if interim.is_due(len(losses)):
+                agree_on_buffers(model)
+                save(weights_of(model), part_of(losses, loss))
         agree_on_buffers(model)
-        entry = {"epoch": len(history) + 1, "train_loss": mean_loss, **_validate(loss, validation, config)}
-        history = [*history, _from_first(entry)]
+        entry = {"epoch": len(history) + 1, "train_loss": _mean(losses), **_validate(loss, validation, config)}
+        history = [*history, from_first(entry)]
         weights = weights_of(model)
         if best_epoch(history) == len(history) - 1:
             best = weights
-        checkpoint = Checkpoint(weights, best, moments_of(model, optimizer), history)
+        save(weights)
         if rank == 0:
-            save_checkpoint(settings.folder, checkpoint)
             settings.progress.put(history[-1])
 
 
@@ -127,7 +139,7 @@ def _validate(loss: TrainingLoss, rows: CachedRows, config: Config) -> dict[str,
         targets.append(wanted.cpu().numpy())
         losses.append(float(head.loss(logits, wanted)) * len(wanted))
         weights += [] if weight is None else weight.tolist()
-    parts = _gather((logits_of, targets, sum(losses), weights))
+    parts = gather((logits_of, targets, sum(losses), weights))
     all_logits = torch.from_numpy(np.concatenate([array for part in parts for array in part[0]]))
     all_targets = np.concatenate([array for part in parts for array in part[1]])
     all_weights = [weight for part in parts for weight in part[3]]
@@ -176,25 +188,5 @@ def _check_present(rows: CachedRows, config: Config) -> None:
             )
 
 
-def _mean(losses: Iterable[float]) -> float:
-    values = list(losses)
-    means = _gather(float(np.mean(values)))
-    return float(np.mean(means))
-
-
-def _gather(value: Any) -> list[Any]:
-    """Returns every worker's value, on every worker."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(value: Any) -> Any:
-    """Returns the first worker's value, on every worker."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def _mean(losses: Sequence[float]) -> float:
+    return float(np.mean(gather(float(np.mean(losses)))))

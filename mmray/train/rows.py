@@ -5,6 +5,7 @@ a copy, and each epoch draws its batches from a permutation that depends on the 
 are decoded anew each epoch, and shuffled within a buffer.
 """
 
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -26,8 +27,8 @@ def file_id(uri: str) -> int:
 class Rows(Protocol):
     """Training rows of one worker."""
 
-    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
-        """Yields the worker's batches of an epoch; every worker gets the same number of batches.
+    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Batch, float]]:
+        """Yields the worker's batches of an epoch but the first few; every worker gets the same number of batches.
 
         Beside each stands the factor of its loss: gradients are averaged over workers, whose batches differ by a row
         where the workers do not divide the batch. With it the average is that of all its rows.
@@ -75,12 +76,13 @@ class ShuffledRows:
     def __init__(self, rows: CachedRows, batch_size: int, seed: int) -> None:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
 
-    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Batch, float]]:
         """See `Rows`."""
         context = ray.train.get_context()
         order = np.random.default_rng([self._seed, number]).permutation(len(self._rows))
-        for mine, factor in shares(order, self._batch_size, context.get_world_rank(), context.get_world_size()):
-            yield self._rows.take(mine), factor
+        mine = shares(order, self._batch_size, context.get_world_rank(), context.get_world_size())
+        for rows, factor in itertools.islice(mine, skip, None):
+            yield self._rows.take(rows), factor
 
 
 def shares(
@@ -102,7 +104,7 @@ class StreamedRows:
         self._shard, self._seed = ray.train.get_dataset_shard(split), seed
         self._batch_size = max(batch_size // ray.train.get_context().get_world_size(), 1)
 
-    def epoch(self, number: int) -> Iterator[tuple[Batch, float]]:
+    def epoch(self, number: int, skip: int = 0) -> Iterator[tuple[Batch, float]]:
         """See `Rows`."""
         batches: Any = self._shard.iter_batches(
             batch_size=self._batch_size,
@@ -111,4 +113,4 @@ class StreamedRows:
             local_shuffle_buffer_size=self._batch_size * SHUFFLE_BATCHES,
             local_shuffle_seed=self._seed + number,
         )
-        yield from ((batch, 1.0) for batch in batches)
+        yield from ((batch, 1.0) for batch in itertools.islice(batches, skip, None))
