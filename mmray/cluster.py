@@ -13,8 +13,8 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
@@ -27,7 +27,7 @@ from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.machine import KEEP_MEMORY, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.placement import SPARE_CPUS, place
-from mmray.slices import Slice, slices_to_arrow
+from mmray.slices import SPARE, Slice, slices_to_arrow
 from mmray.stop import terminable
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
@@ -113,6 +113,7 @@ def map_slices(
     name: str,
     *,
     max_retries: int = MAX_RETRIES,
+    spare: bool = False,
 ) -> Generator[dict[str, Any], None, None]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
@@ -126,15 +127,20 @@ def map_slices(
         options: size and place of the pool.
         name: of the work, on Ray's dashboard.
         max_retries: of an actor, and of a slice whose actor died, be it of another slice.
+        spare: whether actors that have nothing left get `SPARE`, of which they may make any slice's row once more.
     """
     _check_gpus(options.gpus_per_actor)
     left = list(slices)
     while left:
         done = set[int]()
         try:
-            for row in _one_pass(left, worker, arguments, options, name, max_retries):
-                done.add(row["slice"])
-                yield row
+            with closing(_one_pass(left, worker, arguments, options, name, max_retries, spare)) as rows:
+                for row in rows:
+                    if row["slice"] not in done:
+                        done.add(row["slice"])
+                        yield row
+                    if spare and len(done) == len(left):  # whoever is still at one of them is late
+                        break
             return
         except RAY_ERRORS as error:
             if not done or not _is_loss(error):
@@ -152,7 +158,8 @@ def _one_pass(
     options: ScoreConfig,
     name: str,
     max_retries: int,
-) -> Iterator[dict[str, Any]]:
+    spare: bool,
+) -> Generator[dict[str, Any], None, None]:
     placement = place(options, len(slices))
     pool = ray.data.ActorPoolStrategy(
         min_size=placement.min_actors,
@@ -161,8 +168,9 @@ def _one_pass(
         max_tasks_in_flight_per_actor=CALLS_PER_PROCESS,  # what waits for one that is slow, no other can take
         enable_true_multi_threading=True,
     )
+    spares = [SPARE] * (placement.min_actors * CALLS_PER_PROCESS if spare else 0)
     rows = over_slices(
-        slices,
+        [*slices, *spares],
         worker,
         fn_constructor_args=(*arguments, placement.options),
         compute=pool,
@@ -175,7 +183,10 @@ def _one_pass(
     )
     rows.set_name(name)
     rows.context.target_max_block_size = 1  # each row comes as it is done, not with those of its block
-    yield from rows.iter_rows()
+    # Ahead of time Ray Data would fetch the next, and meanwhile keep to itself what is there.
+    blocks: Iterable[Any] = rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow")
+    for block in blocks:
+        yield from block.to_pylist()
 
 
 def _is_loss(error: BaseException | None) -> bool:

@@ -53,6 +53,10 @@ class Slice:
     num_rows: int
 
 
+SPARE = Slice(-1, "", "", 0, 0)
+"""No slice, but what is left to do where all are handed out: to help with one that takes too long."""
+
+
 @dataclass(frozen=True)
 class Table:
     """All files of a table, in sorted order."""

@@ -131,17 +131,14 @@ def test_nothing_reads_on_when_an_interrupted_step_ends_its_cluster() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_a_process_that_is_stopped_as_a_whole_is_replaced_and_changes_nothing_when_it_goes_on(
-    rows: Path, bundle: str, tmp_path: Path
-) -> None:
+def test_what_a_process_does_not_get_done_another_does_beside_it(rows: Path, bundle: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--stuck-after", 5, "--no-local"]
+    command = ["score", bundle, rows, output, "--slice-rows", 3, "--actors", 2, "--no-local"]
     with started(*command) as process:
         wait_for(lambda: num_parts(output) or process.poll() is not None)
         stopped = stop_one(output)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert num_parts(output) == 240
     with suppress(ProcessLookupError):  # its cluster has ended it
         os.kill(stopped, signal.SIGCONT)
     assert mmray("verify", output, "--level", "2").returncode == 0

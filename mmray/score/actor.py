@@ -23,9 +23,10 @@ from mmray.score.commit import Receipt, receipts_to_arrow
 from mmray.score.feed import ClusterFeed
 from mmray.score.meters import ActorMeters
 from mmray.score.worker import Scored, WatchedScorer
-from mmray.slices import Slice, slices_from_arrow
+from mmray.slices import SPARE, Slice, slices_from_arrow
 from mmray.table import Status
 
+LATE_EVERY_S = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -45,8 +46,10 @@ class ScoringActor(WatchedScorer):
         self._run, self._foreman = plan_hash[:8], foreman
         self._meters = ActorMeters(self._run)
         _log_to_stderr()
+        self._me = ray.get_runtime_context().current_actor
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._meters.restarted()
+            foreman.forget.remote(self._me)
         feed_of = partial(ClusterFeed, roots=image_roots, options=options) if options.placement == "cluster" else None
         arguments = (bundle_uri, output_uri, plan_hash, image_roots, options)
         self._here = threading.local()
@@ -56,12 +59,22 @@ class ScoringActor(WatchedScorer):
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Scores slices, those that the foreman lets begin."""
-        receipts = [self._score_noted(piece) for piece in slices_from_arrow(rows)]
+        slices = slices_from_arrow(rows)
+        receipts = map(self._score_noted, self._late() if slices == [SPARE] else slices)
         return receipts_to_arrow(receipt for receipt in receipts if receipt is not None)
 
+    def _late(self) -> list[Slice]:
+        """Returns a slice that takes another process too long; none, when all are done."""
+        while found := ray.get(self._foreman.late.remote(self._me)):
+            if isinstance(found, Slice):
+                self._event("slice doubled", slice=found.index)
+                return [found]
+            time.sleep(LATE_EVERY_S)
+        return []
+
     def _score_noted(self, piece: Slice) -> Receipt | None:
-        attempt, me, receipt = secrets.token_hex(8), ray.get_runtime_context().current_actor, None
-        if not ray.get(self._foreman.begin.remote(attempt, piece.num_rows, me)):
+        attempt, receipt = secrets.token_hex(8), None
+        if not ray.get(self._foreman.begin.remote(attempt, piece, self._me)):
             return None
         self._here.attempt = attempt
         try:

@@ -1,6 +1,8 @@
-"""Knows who is at which slice: begins no more of them when the run should stop, and has those redone that never end.
+"""Knows who is at which slice: lets none begin when the run should stop, and has those redone that take too long.
 
-An actor of the run without work of its own. A process that is stopped as a whole, or whose machine hangs, cannot end
+An actor of the run without work of its own. Where others have nothing left to do, a slice that takes much longer than
+the others did is begun again beside the first (Dean and Ghemawat 2004, backup tasks); whoever commits it first has done
+it. A process that is stopped as a whole, or whose machine hangs, cannot end
 itself as one does that hangs at a row (`watchdog.py`). It is killed from here, and Ray starts another, where there is
 room: that one does its slices, and whatever the first had left to say finds them committed.
 """
@@ -8,16 +10,19 @@ room: that one does its slices, and whatever the first had left to say finds the
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from mmray.options import ScoreConfig
+from mmray.slices import Slice, slices_from_arrow, slices_to_arrow
 
 PACE = 10  # times as long as the slowest slice took for as many rows
+LATE, LATE_S = 2, 1.0  # times as long as slices took in the mean, and seconds at least
 SLOWEST_S = 1.0  # for a row, as long as no slice has come back
 POLL_S, THREADS = 0.1, 8
 LOOKS = 4  # in the time that any slice is given
@@ -28,27 +33,64 @@ class Attempt:
     """A process at a slice."""
 
     actor: Any
-    rows: int
+    piece: Slice
     since: float
 
 
 class Foreman:
     """Hands out slices, and looks after them."""
 
-    def __init__(self, floor_s: float) -> None:
-        """Takes the seconds that any slice is given."""
+    def __init__(self, slices: pa.Table, floor_s: float) -> None:
+        """Takes the slices of the run that are left, and the seconds that any slice is given."""
+        self._left = {piece.index: piece for piece in slices_from_arrow(slices)}
+        self._doubled = set[int]()
         self._floor_s, self._pace_s = floor_s, 0.0
+        self._rows, self._seconds = 0, 0.0
         self._out: dict[str, Attempt] = {}
+        self._begun = time.monotonic()
         self._stopping = False
         self._lock = threading.Lock()
         threading.Thread(target=self._look, daemon=True).start()
 
-    def begin(self, attempt: str, rows: int, actor: Any) -> bool:
-        """Notes that an actor begins a slice of so many rows; False where it should not."""
+    def begin(self, attempt: str, piece: Slice, actor: Any) -> bool:
+        """Notes that an actor begins a slice; False where it should not."""
         with self._lock:
             if not self._stopping:
-                self._out[attempt] = Attempt(actor, rows, time.monotonic())
+                self._begun = time.monotonic()
+                self._out[attempt] = Attempt(actor, piece, self._begun)
             return not self._stopping
+
+    def late(self, actor: Any) -> Slice | bool:
+        """Returns a slice for an actor to begin beside another, each only once; else whether there may be one later.
+
+        Asked where all slices are handed out: one that nobody begins is with a process that does not get to it.
+        """
+        with self._lock:
+            if self._stopping or not self._left:
+                return False
+            found = self._late_of_others(actor) or self._never_begun()
+            if found is not None:
+                self._doubled.add(found.index)
+            return found or True
+
+    def _late_of_others(self, actor: Any) -> Slice | None:
+        now, mean_s = time.monotonic(), self._seconds / max(self._rows, 1) or SLOWEST_S
+        for out in self._out.values():
+            is_late = now - out.since > max(LATE_S, LATE * mean_s * out.piece.num_rows)
+            if is_late and out.piece.index not in self._doubled and out.actor._actor_id != actor._actor_id:
+                return out.piece
+        return None
+
+    def _never_begun(self) -> Slice | None:
+        if time.monotonic() - self._begun < LATE_S:
+            return None
+        at_work = {out.piece.index for out in self._out.values()} | self._doubled
+        return next((piece for piece in self._left.values() if piece.index not in at_work), None)
+
+    def forget(self, actor: Any) -> None:
+        """Notes that what an actor has begun will not come to an end."""
+        with self._lock:
+            self._out = {a: o for a, o in self._out.items() if o.actor._actor_id != actor._actor_id}
 
     def spare(self, attempt: str) -> None:
         """Gives it all the time it takes."""
@@ -61,7 +103,11 @@ class Foreman:
         with self._lock:
             out = self._out.pop(attempt, None)  # none, where it was taken for dead
             if out is not None and committed:
-                self._pace_s = max(self._pace_s, (time.monotonic() - out.since) / out.rows)
+                self._left.pop(out.piece.index, None)
+            if out is not None and committed and out.since < math.inf:
+                seconds, rows = time.monotonic() - out.since, out.piece.num_rows
+                self._pace_s = max(self._pace_s, seconds / rows)
+                self._seconds, self._rows = self._seconds + seconds, self._rows + rows
 
     def finish(self) -> None:
         """Lets no more slices begin, and returns when none is at work."""
@@ -74,29 +120,36 @@ class Foreman:
             time.sleep(self._floor_s / LOOKS)
             with self._lock:
                 pace_s, now = PACE * self._pace_s or SLOWEST_S, time.monotonic()
-                late = {a: o for a, o in self._out.items() if now - o.since > max(self._floor_s, pace_s * o.rows)}
-                self._out = {a: o for a, o in self._out.items() if a not in late}
-            for actor in {out.actor._actor_id: out.actor for out in late.values()}.values():
+                stuck = [o for o in self._out.values() if now - o.since > max(self._floor_s, pace_s * o.piece.num_rows)]
+            for actor in {out.actor._actor_id: out.actor for out in stuck}.values():
+                self.forget(actor)
                 ray.kill(actor, no_restart=False)
 
 
 class Hired:
     """A foreman at work."""
 
-    def __init__(self, options: ScoreConfig) -> None:
+    def __init__(self, slices: Sequence[Slice], options: ScoreConfig) -> None:
         # Where its node is lost it begins anew, and knows of what begins from then on.
         more = {"num_cpus": 0, "max_concurrency": THREADS, "max_restarts": -1, "max_task_retries": -1}
-        self.actor: Any = ray.remote(Foreman).options(**more).remote(options.stuck_after_s)
+        self.actor: Any = ray.remote(Foreman).options(**more).remote(slices_to_arrow(slices), options.stuck_after_s)
+        self._finishing = False
 
     def finish(self) -> None:
         """See `Foreman.finish`."""
+        self._finishing = True
         ray.get(self.actor.finish.remote())
+
+    def wait_if_finishing(self) -> None:
+        """Where slices were left undone on request, waits for the signal that says what that means."""
+        while self._finishing:
+            time.sleep(POLL_S)
 
 
 @contextmanager
-def foreman_of(options: ScoreConfig) -> Iterator[Hired]:
-    """Yields a foreman, for the duration of a `with` block."""
-    hired = Hired(options)
+def foreman_of(slices: Sequence[Slice], options: ScoreConfig) -> Iterator[Hired]:
+    """Yields a foreman for some slices, for the duration of a `with` block."""
+    hired = Hired(slices, options)
     try:
         yield hired
     finally:

@@ -146,14 +146,16 @@ def _on_ray(
     from mmray.score.meters import RunMeters
     from mmray.score.placed import Placed
 
-    with cluster(cpus_for(options)), foreman_of(options) as foreman, stoppable(foreman.finish):
+    with cluster(cpus_for(options)), foreman_of(todo, options) as foreman, stoppable(foreman.finish):
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
-        name, more = f"mmray score {plan.hash[:8]}", (carry, foreman.actor)
+        name, given = f"mmray score {plan.hash[:8]}", (*arguments, carry, foreman.actor)
+        slices = map_slices(todo, Placed, given, options, name, max_retries=max_deaths, spare=True)
         try:
-            with closing(map_slices(todo, Placed, (*arguments, *more), options, name, max_retries=max_deaths)) as rows:
+            with closing(slices) as rows:
                 for row in rows:
                     meters.slice_done()
                     yield receipt_from_row(row)
+            foreman.wait_if_finishing()
         except RAY_ERRORS as error:
             raise unwrap(error, "scoring") from error
 
