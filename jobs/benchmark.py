@@ -5,6 +5,7 @@
     python jobs/benchmark.py tick [--rows 4000] [--photos DIR]    a tenth of new rows beside all of them
     python jobs/benchmark.py store [--rows 4000] [--photos DIR]   everything in a store that takes 50 ms to answer
     python jobs/benchmark.py plan [--slices 76000]                a table of billions of rows: its start, and resuming
+    python jobs/benchmark.py train [--rows 4000] [--photos DIR]   training beside a bare loop over the same steps
     python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
 All but `demo` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings), texts
@@ -31,6 +32,7 @@ from benchmark_plan import measure_plan
 from benchmark_process import run_mmray
 from benchmark_serve import ROWS, measure_serving
 from benchmark_store import measure_store
+from benchmark_train import measure_training
 
 SIZES = ((500, 375), (375, 500), (640, 480), (500, 333))  # width, height
 NUM_FILES = 8
@@ -40,7 +42,7 @@ MIN_ROWS = 16  # of a tick that does next to nothing
 def main() -> None:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["score", "demo", "tick", "store", "plan", "serve"])
+    parser.add_argument("what", choices=["score", "demo", "tick", "store", "plan", "train", "serve"])
     parser.add_argument("--rows", type=int, default=4000, help="rows of the table to score (default: %(default)s)")
     parser.add_argument("--slices", type=int, default=76_000, help="of the plan (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: the demo's drawings)")
@@ -65,6 +67,8 @@ def main() -> None:
         elif args.what == "plan":
             make_table(folder / "table", MIN_ROWS, args.photos)
             figures = measure_plan(folder, make_bundle(folder), args.slices)
+        elif args.what == "train":
+            figures = measure_training(folder, make_table(folder / "table", args.rows, args.photos), args.repeats)
         else:
             table = make_table(folder / "table", ROWS, args.photos)
             figures = measure_serving(make_bundle(folder), table, args.seconds, args.soak)
@@ -89,22 +93,26 @@ def measure_demo(folder: Path) -> dict[str, Any]:
 
 
 def measure_scoring(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Returns rates of `mmray score` and of a bare loop over the same predictor, taken in turns, and peak memory."""
+    """Returns rates of `mmray score`, on Ray and without, and of a bare loop over its predictor, taken in turns."""
     table, bundle = make_table(folder / "table", args.rows, args.photos), make_bundle(folder)
     figures: dict[str, Any] = {"rows": args.rows, "processes": args.processes}
-    bare, runs = [], []
+    bare, runs = [], {"--no-local": list[dict[str, Any]](), "--local": list[dict[str, Any]]()}
     for k in range(args.repeats):
         bare.append(bare_loop(bundle, table, args.processes))
-        runs.append(run_mmray("score", bundle, table, folder / f"out-{k}", "--actors", args.processes))
-        steady = re.findall(r"steady ([\d,]+) rows/s", runs[-1]["output"])[0]
-        runs[-1]["steady"] = float(steady.replace(",", ""))
-    again = run_mmray("score", bundle, table, folder / "out-0")
+        for flag, its in runs.items():
+            its.append(run_mmray("score", bundle, table, folder / f"out{flag}-{k}", "--actors", args.processes, flag))
+            steady = re.findall(r"steady ([\d,]+) rows/s", its[-1]["output"])[0]
+            its[-1]["steady"] = float(steady.replace(",", ""))
     figures["bare_loop_rows_per_s"] = spread(bare)
-    figures["steady_rows_per_s"] = spread([run["steady"] for run in runs])
-    figures["whole_process_s"] = spread([run["seconds"] for run in runs])
-    figures["steady_to_bare"] = round(statistics.median([r["steady"] / b for r, b in zip(runs, bare, strict=True)]), 3)
-    figures["again_s"] = again["seconds"]
-    figures["peak_rss_mb"] = runs[-1]["peak_rss_mb"]
+    for flag, its in runs.items():
+        ratios = [run["steady"] / rate for run, rate in zip(its, bare, strict=True)]
+        figures["on_ray" if flag == "--no-local" else "without_ray"] = {
+            "steady_rows_per_s": spread([run["steady"] for run in its]),
+            "whole_process_s": spread([run["seconds"] for run in its]),
+            "steady_to_bare": round(statistics.median(ratios), 3),
+            "peak_rss_mb": its[-1]["peak_rss_mb"],
+        }
+    figures["again_s"] = run_mmray("score", bundle, table, folder / "out--local-0")["seconds"]
     return figures
 
 
@@ -140,7 +148,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def make_table(folder: Path, rows: int, photos: Path | None) -> Path:
-    """Writes JPEGs and a table of (id, image_path, text) in several files."""
+    """Writes JPEGs and a table of (id, image_path, text, label) in several files."""
     (folder / "images").mkdir(parents=True)
     generator, records = np.random.default_rng(0), []
     originals, words = list(pictures(photos)), Path(__file__).read_text().split()
@@ -151,7 +159,7 @@ def make_table(folder: Path, rows: int, photos: Path | None) -> Path:
         sized = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(folder / "images" / f"{k:06d}.jpg"), sized, [cv2.IMWRITE_JPEG_QUALITY, 85])
         text = " ".join(generator.choice(words, generator.integers(8, 60)))
-        records.append({"id": k, "image_path": f"images/{k:06d}.jpg", "text": text})
+        records.append({"id": k, "image_path": f"images/{k:06d}.jpg", "text": text, "label": f"kind {k % 4}"})
     for k in range(NUM_FILES):
         pq.write_table(pa.Table.from_pylist(records[k::NUM_FILES]), folder / f"part-{k}.parquet")
     return folder

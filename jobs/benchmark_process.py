@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 CHILDREN_EVERY_S = 0.1
+ROLES = {
+    "ray::MapWorker": "actor",
+    "ray::RayTrainWorker": "training worker",
+    "mmray.score.local_worker": "scoring process",
+}
 
 
 def run_mmray(*arguments: object) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def _watch(process: subprocess.Popen[str], peaks: dict[int, tuple[str, float]]) 
     while process.poll() is None:
         for pid in _family(process.pid):
             name, peak = _look(pid)
-            role = {"ray::MapWorker": "actor", "ray::RayTrainWorker": "training worker"}.get(name, "")
+            role = ROLES.get(name, "")
             role = "driver" if pid == process.pid else role
             if role and peak:
                 peaks[pid] = role, max(peak, peaks.get(pid, ("", 0.0))[1])
@@ -56,9 +61,10 @@ def _family(root: int) -> set[int]:
 
 
 def _look(pid: int) -> tuple[str, float]:
-    """Returns a process's name (of a Ray actor, its class) and highest resident size in MB."""
+    """Returns a process's name (of a Ray actor, its class; of Python, the module) and highest resident size in MB."""
     try:
-        name = Path(f"/proc/{pid}/cmdline").read_text().partition("(")[0].partition("\0")[0].partition(".")[0]
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        name = command[2] if command[1:2] == ["-m"] else command[0].partition("(")[0].partition(".")[0]
         return name, peak_mb(pid)
     except OSError:
         return "", 0.0
