@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with files of tests that take long: at the end the short ones keep every process busy."""
+    long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Small models gain nothing from more, and lose much where the machine is shared.

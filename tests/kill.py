@@ -146,14 +146,14 @@ class Nodes:
         given = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", HEAD_LOST, "AWS_"))}
         return {**ALONE, **given, "RAY_ADDRESS": self._cluster.address}
 
-    def actors(self) -> dict[int, Any]:
-        """The processes that score, and the node of each."""
+    def actors(self, name: bytes = b"Placed") -> dict[int, Any]:
+        """The processes that score, or others by their name, and the node of each."""
         nodes = {node.all_processes["raylet"][0].process.pid: node for node in self._cluster.worker_nodes}
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent in nodes and b"Placed" in read(folder / "cmdline"):
+                if parent in nodes and name in read(folder / "cmdline"):
                     found[int(folder.name)] = nodes[parent]
         return found
 
@@ -221,6 +221,7 @@ class Job:
     def __init__(self, nodes: Nodes, command: list[str], output: str, run: Run) -> None:
         self._nodes, self._command, self._output, self._run = nodes, [*COMMAND, *command], output, run
         self._sleeping: list[subprocess.Popen[str]] = []
+        self._left_alone: list[subprocess.Popen[str]] = []
         self._undead: list[int] = []
         self._deadline = time.monotonic() + LIMIT_S
         self._begin()
@@ -274,8 +275,9 @@ class Job:
 
     def head(self, chance: random.Random) -> None:
         self._nodes.lose_head()
-        self._run.exits.append(self._process.wait(LIMIT_S))
-        assert self._run.exits[-1] in (RESUMABLE, LEFT_ALONE), self._said()
+        self._left_alone += self._sleeping
+        self._sleeping = []
+        self._without_head(self._process)
         self._nodes.stop()
         self._nodes.start()
         self._begin()
@@ -287,8 +289,10 @@ class Job:
 
     def wake(self) -> None:
         """Has all that stands still go on, and waits for its end."""
-        for process in self._sleeping:
+        for process in [*self._sleeping, *self._left_alone]:
             process.send_signal(signal.SIGCONT)
+        for process in self._left_alone:
+            self._without_head(process)
         for process in self._sleeping:
             self._process = process
             self.end()
@@ -299,12 +303,17 @@ class Job:
 
     def clear(self) -> None:
         """Leaves no process behind."""
-        for process in [self._process, *self._sleeping]:
+        for process in [self._process, *self._sleeping, *self._left_alone]:
             process.kill()
             process.wait()
         for pid in self._undead:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _without_head(self, process: subprocess.Popen[str]) -> None:
+        """Waits for the end of a command whose cluster has no head any more."""
+        self._run.exits.append(process.wait(LIMIT_S))
+        assert self._run.exits[-1] in (RESUMABLE, LEFT_ALONE), self._said()
 
     def _begin(self) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
