@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mmray.config import Section
 
+OnUnavailable = Literal["fail", "record"]
 CALLS_PER_PROCESS = 2  # one slice is read and committed while another is scored: a slow store does not idle the model
 
 
@@ -43,6 +44,9 @@ class ScoreConfig(Section):
     """Threads that decode images in each scoring process; by default 1, or the CPUs beside each process with a GPU."""
     reads: int = Field(default=64, ge=1)
     """Images of a store that each scoring process reads at a time; local ones are read as they are decoded."""
+    on_unavailable: OnUnavailable = "fail"
+    """What becomes of an image that cannot be read now, in spite of several tries: the run fails, and the same command
+    goes on; or its row is recorded as `UNAVAILABLE`."""
     stuck_after_s: float = Field(default=600.0, gt=0)
     """Seconds that any step of a slice is given; a process that gets on with none for so long, and for twenty times as
     long as it ever took, is ended, and its slices are scored where a row that hangs can be named."""

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mmray.errors import EnvironmentFaultError
+from mmray.options import OnUnavailable
 from mmray.store import REMOTE_SCHEMES, ObjectStore, split_uri
 from mmray.table import Fault, Reason, fault
 from mmray.url import PORTS, UrlRoot, is_url
@@ -31,8 +32,13 @@ _ODD = {errno.ENXIO, errno.ENODEV, errno.EISDIR}
 class ImageSource:
     """Reads images beneath some roots; thread-safe."""
 
-    def __init__(self, roots: Sequence[str], max_bytes: int) -> None:
+    def __init__(self, roots: Sequence[str], max_bytes: int, on_unavailable: OnUnavailable = "fail") -> None:
         """Takes the folders, URIs and URLs that may be read from, and the most bytes an image may have.
+
+        Args:
+            roots: folders, URIs and URLs.
+            max_bytes: of an image.
+            on_unavailable: whether an image that cannot be read now is an error, or recorded as its row's fault.
 
         Raises:
             ConfigError: a root is malformed.
@@ -42,7 +48,7 @@ class ImageSource:
         schemes = [(root, split_uri(root)) for root in roots if not is_url(root)]
         self._folders = tuple(_Folder(path) for _, (scheme, path) in schemes if scheme == "file")
         self._remotes = tuple(root.rstrip("/") for root, (scheme, _) in schemes if scheme != "file")
-        self._max_bytes = max_bytes
+        self._max_bytes, self._on_unavailable = max_bytes, on_unavailable
 
     @property
     def is_remote(self) -> bool:
@@ -55,6 +61,14 @@ class ImageSource:
         Raises:
             EnvironmentFaultError: the disk or the store failed, which says nothing about the image.
         """
+        try:
+            return self._read(cell)
+        except EnvironmentFaultError as error:
+            if self._on_unavailable == "fail":
+                raise
+            return fault(Reason.UNAVAILABLE, str(error))
+
+    def _read(self, cell: Any) -> bytes | Fault:
         cell = bytes_or_path(cell)
         if cell is None or cell == "":
             return fault(Reason.IMAGE_NULL, "no image")

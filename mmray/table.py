@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a row is not `ok`: deterministic faults of its data only, never the weather."""
+    """Why a row is not `ok`: deterministic faults of its data; the weather only where that was asked for."""
 
     meaning: str
 
@@ -55,6 +55,7 @@ class Reason(StrEnum):
     DECODE_CRASH = "DECODE_CRASH", "Preparing the row kills the process that does it."
     DECODE_TIMEOUT = "DECODE_TIMEOUT", "Preparing the row does not come to an end."
     DECODE_OOM = "DECODE_OOM", "Preparing the row takes more memory than any image that is allowed can need."
+    UNAVAILABLE = "UNAVAILABLE", "The image could not be read now, and `--on-unavailable record` says to go on without."
     TEXT_NULL = "TEXT_NULL", "The text cell is null."
     TEXT_EMPTY = "TEXT_EMPTY", "The text holds no token: empty, or nothing but white space."
     TEXT_INVALID = "TEXT_INVALID", "The text cell is not valid UTF-8."

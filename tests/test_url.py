@@ -15,6 +15,7 @@ from models import colour_table, saved_bundle, score_in_process
 from mmray import url
 from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
+from mmray.score.verify import verify_output
 from mmray.slices import open_table
 from mmray.source import ImageSource
 from mmray.table import Fault, Reason
@@ -161,6 +162,24 @@ def test_a_server_that_goes_on_failing_is_no_fault_of_the_row(server: HostileSer
     with pytest.raises(EnvironmentFaultError, match=r"cannot read images of http://127\.0\.0\.1") as raised:
         ImageSource([server.url], CAP).read(f"{server.url}/{what}?sign=secret")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_goes_on_failing_is_recorded_where_that_is_asked_for(
+    server: HostileServer, tmp_path: Path
+) -> None:
+    rows = colour_table(tmp_path / "rows", rows=12, files=1)
+    bundle = saved_bundle(tmp_path / "bundle", rows)
+    table = pq.read_table(rows / "part-0.parquet")
+    paths = ["503" if k % 3 == 0 else path for k, path in enumerate(table["image_path"].to_pylist())]
+    pq.write_table(table.set_column(1, "image_path", pa.array(paths)), rows / "part-0.parquet")
+    options = ScoreConfig(image_roots=(str(rows), server.url))
+    with pytest.raises(EnvironmentFaultError, match="cannot read images of"):
+        score_in_process(bundle, str(rows), str(tmp_path / "out"), options)
+    record = options.model_copy(update={"on_unavailable": "record"})
+    ledger = score_in_process(bundle, str(rows), str(tmp_path / "out"), record)
+    assert ledger.reasons == {"degraded/UNAVAILABLE": 4}
+    assert verify_output(str(tmp_path / "out"), 3).passed, "the rows without an image then are not scored again"
 
 
 @pytest.mark.usefixtures("impatient")

@@ -45,7 +45,8 @@ def add_score_options(parser: Any) -> None:
         help="without Ray (default: few rows)",
     )
     parser.add_argument("--min-actors", type=int, metavar="N", help="begin with so few and grow (default: all at once)")
-    parser.add_argument("--placement", choices=["auto", "cluster", "local"], help="who decodes (default: auto)")
+    parser.add_argument("--placement", metavar="WHO", help="who decodes: auto, cluster or local (default: auto)")
+    parser.add_argument("--on-unavailable", metavar="DO", help="image not to be had: fail or record (default: fail)")
     parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
     parser.add_argument("--stuck-after", type=float, metavar="S", help="seconds until a hang is one (default: 600)")
     parser.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")

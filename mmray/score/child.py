@@ -39,7 +39,7 @@ class Child:
     def __init__(self, connection: Connection, settings: dict[str, Any]) -> None:
         options = ScoreConfig.model_validate(settings["options"])
         bundle = load_bundle(settings["bundle"])
-        self._source = ImageSource(settings["image_roots"], bundle.config.image.max_bytes)
+        self._source = ImageSource(settings["image_roots"], bundle.config.image.max_bytes, options.on_unavailable)
         # No threads of its own, which no fork would have: images are read before.
         alone = options.model_copy(update={"decode_threads": 1})
         self._predictor = Predictor.on_this_worker(bundle, ImageSource([], bundle.config.image.max_bytes), alone)

@@ -18,7 +18,7 @@ from mmray.preprocess.image import prepare_decoders
 from mmray.preprocess.text import Vocabulary
 from mmray.source import ImageSource
 
-How = tuple[Config, Vocabulary | None, Sequence[str], int]
+How = tuple[Config, Vocabulary | None, Sequence[str], ScoreConfig]
 
 
 class ClusterFeed:
@@ -27,7 +27,7 @@ class ClusterFeed:
     def __init__(self, bundle: Bundle, roots: Sequence[str], options: ScoreConfig) -> None:
         self._task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")(_prepare)
         # Once for the actor, not once for each task.
-        how: How = (bundle.config, bundle.vocabulary, roots, options.reads)
+        how: How = (bundle.config, bundle.vocabulary, roots, options)
         self._how = ray.put(how)
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> Future[Features]:
@@ -36,6 +36,7 @@ class ClusterFeed:
 
 
 def _prepare(how: How, columns: Mapping[str, Sequence[Any]]) -> Features:
-    config, vocabulary, roots, reads = how
+    config, vocabulary, roots, options = how
     prepare_decoders()
-    return Preprocessor(config, vocabulary, ImageSource(roots, config.image.max_bytes), reads=reads)(columns)
+    source = ImageSource(roots, config.image.max_bytes, options.on_unavailable)
+    return Preprocessor(config, vocabulary, source, reads=options.reads)(columns)

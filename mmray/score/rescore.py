@@ -21,7 +21,7 @@ from mmray.source import ImageSource
 from mmray.table import Reason, cells
 
 SAME = ("predicted_label", "modalities_used", "status", "reason")
-DEADLY = (Reason.DECODE_CRASH, Reason.DECODE_TIMEOUT, Reason.DECODE_OOM, Reason.MODEL_CRASH)
+LEFT_ALONE = (Reason.DECODE_CRASH, Reason.DECODE_TIMEOUT, Reason.DECODE_OOM, Reason.MODEL_CRASH, Reason.UNAVAILABLE)
 Row = Mapping[str, Any]
 Rows = dict[int, list[int]]
 """Slice -> some of its rows, counted from its first."""
@@ -57,12 +57,12 @@ def sample_rows(slices: Sequence[Slice], sample: int, seed: int) -> Rows:
 def differences(
     target: Output, plan_hash: str, piece: Slice, rows: Sequence[int], predictor: Predictor
 ) -> Iterator[str]:
-    """Yields what is different about some rows of a slice; those that have killed a process are left alone."""
+    """Yields what is different about some rows of a slice, but of those that killed a process or had no image then."""
     key = part_key(plan_hash, piece.index)
     columns = list(dict.fromkeys([*map(predictor.column, predictor.modalities), *(f.name for f in predictor.fields)]))
     with target.store.open(key) as source:
         scored = pq.read_table(source, columns=columns, use_threads=False).take(pa.array(rows))
-    alive = [k for k, reason in enumerate(cells(scored["reason"])) if reason not in DEADLY]
+    alive = [k for k, reason in enumerate(cells(scored["reason"])) if reason not in LEFT_ALONE]
     scored = scored.take(pa.array(alive, pa.int64()))
     again = predictor.score(scored.drop_columns([field.name for field in predictor.fields]))
     formats = {predictor.precision, note_of(scored.schema.metadata)["precision"]}

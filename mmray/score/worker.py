@@ -65,7 +65,7 @@ class SliceScorer:
             BundleError: the bundle is damaged, or its golden rows come out differently here.
         """
         bundle = load_bundle(bundle_uri)
-        source = ImageSource(image_roots, bundle.config.image.max_bytes)
+        source = ImageSource(image_roots, bundle.config.image.max_bytes, options.on_unavailable)
         feed = feed_of(bundle) if feed_of else None
         self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=on_stage)
         self._output, self._plan_hash = Output(output_uri), plan_hash
