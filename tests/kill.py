@@ -381,10 +381,10 @@ def looping(folder: Path, root: str, rows: int, *, without_ray: bool = False) ->
 
 
 @contextmanager
-def place_of(kind: str, folder: Path, seed: int) -> Iterator[str]:
-    """A folder, or a bucket of a store on loopback that fails one request in five."""
+def place_of(kind: str, folder: Path, seed: int) -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
+    """A folder, or a bucket of a store on loopback that fails one request in five; and its faults."""
     if kind == "local":
-        yield str(folder)
+        yield str(folder), Counter()
         return
     from moto.server import ThreadedMotoServer
 
@@ -395,7 +395,7 @@ def place_of(kind: str, folder: Path, seed: int) -> Iterator[str]:
         os.environ |= {"AWS_ENDPOINT_URL": store.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
         os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         urlopen(Request(f"{url}/bucket", method="PUT")).close()
-        yield "s3://bucket"
+        yield "s3://bucket", store.faults
     server.stop()
 
 
@@ -404,7 +404,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     totals = {key: sum(run[key] for run in runs) for key in ("rows", "lost", "doubled", "changed")}
     kills = Counter(kind for run in runs for kind, _ in run["kills"])
     mismatches = sum(len(run["mismatches"]) for run in runs)
-    return {"runs": len(runs), "kills": kills.total(), "by_kind": dict(kills), **totals, "mismatches": mismatches}
+    faults = sum(run.get("faults", 0) for run in runs)
+    found = {"runs": len(runs), "kills": kills.total(), "by_kind": dict(kills), "faults": faults}
+    return {**found, **totals, "mismatches": mismatches}
 
 
 def machine() -> str:
@@ -430,12 +432,14 @@ def main() -> None:
     ledger["versions"] = {name: version(name) for name in ("mmray", "ray", "torch", "pyarrow", "obstore")}
     with (
         tempfile.TemporaryDirectory() as folder,
-        place_of(given.store, Path(folder), given.seed) as root,
+        place_of(given.store, Path(folder), given.seed) as (root, faults),
         looping(Path(folder), root, given.rows, without_ray=given.without_ray) as loop,
     ):
         for seed in range(given.seed, given.seed + given.runs):
+            faults.clear()
             run = loop.run(seed, given.kills)
-            ledger["runs"].append({"store": given.store, "ray": not given.without_ray, **asdict(run)})
+            where = {"store": given.store, "ray": not given.without_ray, "faults": faults.total()}
+            ledger["runs"].append({**where, **asdict(run)})
             ledger["total"] = summary(ledger["runs"])
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(ledger, indent=1) + "\n")
