@@ -107,7 +107,7 @@ class ScoringActor(WatchedScorer):
 
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         self._event("slice apart", slice=piece.index)
-        self._foreman.spare.remote(self._here.attempt)
+        self._foreman.apart.remote(self._here.attempt)
         return super()._score_apart(piece, rows)
 
     def _event(self, event: str, **fields: Any) -> None:

@@ -7,7 +7,6 @@ itself as one does that hangs at a row (`watchdog.py`). It is killed from here, 
 room: that one does its slices, and whatever the first had left to say finds them committed.
 """
 
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from mmray.slices import Slice, slices_from_arrow, slices_to_arrow
 
 PACE = 10  # times as long as the slowest slice took for as many rows
 LATE, LATE_S = 2, 1.0  # times as long as slices took in the mean, and seconds at least
+APART_S = 30.0  # more where rows are scored apart: a child has to start, and some may kill it
 SLOWEST_S = 1.0  # for a row, as long as no slice has come back
 POLL_S, THREADS = 0.1, 8
 LOOKS = 4  # in the time that any slice is given
@@ -35,6 +35,7 @@ class Attempt:
     actor: Any
     piece: Slice
     since: float
+    is_apart: bool = False
 
 
 class Foreman:
@@ -76,8 +77,12 @@ class Foreman:
     def _late_of_others(self, actor: Any) -> Slice | None:
         now, mean_s = time.monotonic(), self._seconds / max(self._rows, 1) or SLOWEST_S
         for out in self._out.values():
-            is_late = now - out.since > max(LATE_S, LATE * mean_s * out.piece.num_rows)
-            if is_late and out.piece.index not in self._doubled and out.actor._actor_id != actor._actor_id:
+            limit_s = max(LATE_S, LATE * mean_s * out.piece.num_rows) + APART_S * out.is_apart
+            if (
+                now - out.since > limit_s
+                and out.piece.index not in self._doubled
+                and out.actor._actor_id != actor._actor_id
+            ):
                 return out.piece
         return None
 
@@ -92,11 +97,11 @@ class Foreman:
         with self._lock:
             self._out = {a: o for a, o in self._out.items() if o.actor._actor_id != actor._actor_id}
 
-    def spare(self, attempt: str) -> None:
-        """Gives it all the time it takes."""
+    def apart(self, attempt: str) -> None:
+        """Notes that its rows are scored apart, and gives it all the time it takes."""
         with self._lock:
             if attempt in self._out:
-                self._out[attempt].since = math.inf
+                self._out[attempt].is_apart = True
 
     def end(self, attempt: str, committed: bool) -> None:
         """Notes that it is at an end."""
@@ -104,7 +109,7 @@ class Foreman:
             out = self._out.pop(attempt, None)  # none, where it was taken for dead
             if out is not None and committed:
                 self._left.pop(out.piece.index, None)
-            if out is not None and committed and out.since < math.inf:
+            if out is not None and committed and not out.is_apart:
                 seconds, rows = time.monotonic() - out.since, out.piece.num_rows
                 self._pace_s = max(self._pace_s, seconds / rows)
                 self._seconds, self._rows = self._seconds + seconds, self._rows + rows
@@ -121,6 +126,7 @@ class Foreman:
             with self._lock:
                 pace_s, now = PACE * self._pace_s or SLOWEST_S, time.monotonic()
                 stuck = [o for o in self._out.values() if now - o.since > max(self._floor_s, pace_s * o.piece.num_rows)]
+                stuck = [out for out in stuck if not out.is_apart]
             for actor in {out.actor._actor_id: out.actor for out in stuck}.values():
                 self.forget(actor)
                 ray.kill(actor, no_restart=False)
