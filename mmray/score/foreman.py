@@ -78,11 +78,8 @@ class Foreman:
         now, mean_s = time.monotonic(), self._seconds / max(self._rows, 1) or SLOWEST_S
         for out in self._out.values():
             limit_s = max(LATE_S, LATE * mean_s * out.piece.num_rows) + APART_S * out.is_apart
-            if (
-                now - out.since > limit_s
-                and out.piece.index not in self._doubled
-                and out.actor._actor_id != actor._actor_id
-            ):
+            is_other = out.actor._actor_id != actor._actor_id
+            if is_other and now - out.since > limit_s and out.piece.index not in self._doubled:
                 return out.piece
         return None
 
@@ -95,7 +92,10 @@ class Foreman:
     def forget(self, actor: Any) -> None:
         """Notes that what an actor has begun will not come to an end."""
         with self._lock:
-            self._out = {a: o for a, o in self._out.items() if o.actor._actor_id != actor._actor_id}
+            for attempt, out in list(self._out.items()):
+                if out.actor._actor_id == actor._actor_id:
+                    del self._out[attempt]
+                    self._doubled.discard(out.piece.index)
 
     def apart(self, attempt: str) -> None:
         """Notes that its rows are scored apart, and gives it all the time it takes."""
@@ -124,12 +124,14 @@ class Foreman:
         while True:
             time.sleep(self._floor_s / LOOKS)
             with self._lock:
-                pace_s, now = PACE * self._pace_s or SLOWEST_S, time.monotonic()
-                stuck = [o for o in self._out.values() if now - o.since > max(self._floor_s, pace_s * o.piece.num_rows)]
-                stuck = [out for out in stuck if not out.is_apart]
-            for actor in {out.actor._actor_id: out.actor for out in stuck}.values():
+                stuck = {out.actor._actor_id: out.actor for out in self._out.values() if self._is_stuck(out)}
+            for actor in stuck.values():
                 self.forget(actor)
                 ray.kill(actor, no_restart=False)
+
+    def _is_stuck(self, out: Attempt) -> bool:
+        limit_s = max(self._floor_s, (PACE * self._pace_s or SLOWEST_S) * out.piece.num_rows)
+        return not out.is_apart and time.monotonic() - out.since > limit_s
 
 
 class Hired:
