@@ -128,7 +128,7 @@ def measure_ticks(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     def tick(rows: int, skip: int, root: str) -> float:
         pq.write_table(everything.slice(skip, rows), table / f"part-{skip:09d}.parquet", row_group_size=rows)
-        command = ("tick", bundle, table, folder / root, "--actors", args.processes)
+        command = ("tick", bundle, table, folder / root, "--actors", args.processes, "--no-local")
         return float(run_mmray(*command)["seconds"])
 
     start_s = tick(MIN_ROWS, 0, "start")

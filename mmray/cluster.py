@@ -22,9 +22,8 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from mmray import errors
-from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError
-from mmray.machine import KEEP_MEMORY, local_cpus
+from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError, named
+from mmray.machine import KEEP_MEMORY, given_address, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import SPARE, Slice, slices_to_arrow
@@ -88,11 +87,6 @@ def _wait_for_readers() -> None:
     for thread in threading.enumerate():
         if thread.name == READER:
             thread.join(READER_ENDS_S)
-
-
-def given_address() -> str | None:
-    """Returns the address of the cluster to connect to, or None where a local one starts."""
-    return os.environ.get("RAY_ADDRESS") or None
 
 
 def environment(gpus: float) -> dict[str, Any] | None:
@@ -237,7 +231,8 @@ def unwrap(error: BaseException, what: str) -> MmrayError:
     texts = [str(error), *map(str, getattr(error, "worker_failures", {}).values())]
     for text in texts:
         for name, message in re.findall(_OURS, text, re.MULTILINE):
-            return getattr(errors, name)(message)  # type: ignore[no-any-return]
+            if ours := named(name, message):
+                return ours
     lines = [line for line in texts[-1].splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
     cause = lines[0] if lines else texts[-1].strip().partition("\n")[0] or type(error).__name__
     return EnvironmentFaultError(f"{what} stopped: {cause}; what is done is kept, the same command continues")

@@ -84,6 +84,13 @@ class JobError(MmrayError):
         self.exit_code = exit_code
 
 
+def named(name: str, text: str) -> MmrayError | None:
+    """Returns an error of ours by the name of its class, as another process told of it; None for any other."""
+    kind = globals().get(name)
+    is_ours = isinstance(kind, type) and issubclass(kind, MmrayError) and kind is not JobError
+    return kind(text) if is_ours else None  # type: ignore[misc]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

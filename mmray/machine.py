@@ -1,4 +1,4 @@
-"""What this machine gives the processes of a step: CPUs, and memory that stays with who had it."""
+"""What this machine gives the processes of a step: CPUs, memory that stays with who had it, a cluster to connect to."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,11 @@ CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and that
 clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
+
+
+def given_address() -> str | None:
+    """Returns the address of the Ray cluster to connect to, or None where a local one would start."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 def local_cpus() -> int:

@@ -87,12 +87,16 @@ class Run:
 class Alone:
     """This machine, without a cluster."""
 
-    kinds, flag, environment = KINDS_WITHOUT_RAY, "--local", ALONE
+    kinds, flag = KINDS_WITHOUT_RAY, "--local"
+
+    def __init__(self) -> None:
+        self._token = secrets.token_hex(8)
+        self.environment = {**ALONE, "MMRAY_TEST": self._token}
 
     def actors(self) -> dict[int, Any]:
-        """The processes that score, of any command."""
-        commands = {folder: folder / "cmdline" for folder in Path("/proc").glob("[0-9]*")}
-        return {int(f.name): None for f, command in commands.items() if b"mmray.score.local_worker" in read(command)}
+        """The processes that score, of commands in this environment."""
+        ours = [f for f in Path("/proc").glob("[0-9]*") if self._token.encode() in read(f / "environ")]
+        return {int(f.name): None for f in ours if b"mmray.score.local_worker" in read(f / "cmdline")}
 
     def stop(self) -> None:
         pass

@@ -39,10 +39,18 @@ def num_parts(output: Path) -> int:
 
 def pid_at_work(output: Path) -> int:
     """The id of a process in the middle of a slice of a run."""
-    while True:
-        for attempt in output.glob("_mmray/attempts/[!.]*"):  # a file that is being written begins with a dot
-            with suppress(FileNotFoundError):
-                return int(attempt.read_text().split()[2])
+    found: list[int] = []
+    wait_for(lambda: found.extend(pids_at_work(output)) or found)
+    return found[0]
+
+
+def pids_at_work(output: Path) -> list[int]:
+    """The ids of the processes that are in the middle of a slice of a run."""
+    found = []
+    for attempt in output.glob("_mmray/attempts/[!.]*"):  # a file that is being written begins with a dot
+        with suppress(FileNotFoundError):
+            found.append(int(attempt.read_text().split()[2]))
+    return found
 
 
 def check_interruptions(output: Path, command: list[object], slices: int) -> None:

@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
+from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import BundleError
@@ -150,7 +150,7 @@ def stop_one(output: Path) -> int:
         pid = pid_at_work(output)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-            if str(pid) in [path.read_text().split()[2] for path in output.glob("_mmray/attempts/[!.]*")]:
+            if pid in pids_at_work(output):
                 return pid
             os.kill(pid, signal.SIGCONT)
 

@@ -76,10 +76,13 @@ def mmray(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.ray
-def test_rows_that_crash_hang_or_devour_memory_are_named_and_the_others_get_their_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["--local", pytest.param("--no-local", marks=pytest.mark.long)])
+def test_rows_that_crash_hang_or_devour_memory_are_named_and_the_others_get_their_scores(
+    tmp_path: Path, where: str
+) -> None:
     bundle = saved_bundle(tmp_path / "bundle", colour_table(tmp_path / "clean", rows=60))
     table = many_rows(tmp_path / "deadly", deadly=True)
-    options = ["--slice-rows", SLICE_ROWS, "--actors", 2, "--stuck-after", 3]
+    options = ["--slice-rows", SLICE_ROWS, "--actors", 2, "--stuck-after", 3, where]
     run = mmray("score", bundle, table, tmp_path / "out", *options)
     assert run.returncode == 0, run.stderr
     assert verify_output(str(tmp_path / "out"), 2).passed
@@ -138,6 +141,18 @@ def test_deaths_at_a_slice_are_counted_whoever_comes_next(tmp_path: Path) -> Non
     with Attempts(store).begin(piece()) as deaths:
         assert deaths == 0, "the same command has another go"
     assert Attempts(store).left() == 0
+
+
+def test_an_attempt_elsewhere_counts_as_a_death_unless_it_is_known_to_be_at_work(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.create("_mmray/attempts/000000000-1", b"another-boot pid:[1] 1 1 0123456789abcdef")
+    with Attempts(store).begin(piece()) as deaths:
+        assert deaths == 1
+    with Attempts(store).begin(piece(), beside=1) as deaths:
+        assert deaths == 0
+    die_at(store)
+    with Attempts(store).begin(piece(), beside=1) as deaths:
+        assert deaths == 1
 
 
 def test_an_answer_that_a_store_loses_is_no_death(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Scoring without Ray, by processes of this machine: the same files, and no less is survived."""
+"""Scoring without Ray, by processes of this machine: the same files, and what is killed is replaced."""
 
 import dataclasses
 import os
@@ -68,6 +68,19 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_with_the_same_command(
 ) -> None:
     output = tmp_path / "out"
     check_interruptions(output, ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local"], 240)
+
+
+def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    with started("score", bundle, rows, tmp_path / "out", "--slice-rows", 30, "--actors", 4, "--local") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) == 4 or process.poll() is not None)
+        workers = children.read_text().split()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:

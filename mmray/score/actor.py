@@ -60,35 +60,36 @@ class ScoringActor(WatchedScorer):
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Scores slices, those that the foreman lets begin."""
         slices = slices_from_arrow(rows)
-        receipts = map(self._score_noted, self._late() if slices == [SPARE] else slices)
+        work = self._late() if slices == [SPARE] else [(piece, 0) for piece in slices]
+        receipts = [self._score_noted(piece, beside) for piece, beside in work]
         return receipts_to_arrow(receipt for receipt in receipts if receipt is not None)
 
-    def _late(self) -> list[Slice]:
-        """Returns a slice that takes another process too long; none, when all are done."""
+    def _late(self) -> list[tuple[Slice, int]]:
+        """Returns a slice that takes too long, and how many others are at it; none, when all are done."""
         while found := ray.get(self._foreman.late.remote(self._me)):
-            if isinstance(found, Slice):
-                self._event("slice doubled", slice=found.index)
+            if found is not True:
+                self._event("slice doubled", slice=found[0].index)
                 return [found]
             time.sleep(LATE_EVERY_S)
         return []
 
-    def _score_noted(self, piece: Slice) -> Receipt | None:
+    def _score_noted(self, piece: Slice, beside: int) -> Receipt | None:
         attempt, receipt = secrets.token_hex(8), None
         if not ray.get(self._foreman.begin.remote(attempt, piece, self._me)):
             return None
         self._here.attempt = attempt
         try:
-            receipt = self.score(piece)
+            receipt = self.score(piece, beside)
         finally:
             self._foreman.end.remote(attempt, receipt is not None)
         return receipt
 
-    def score(self, piece: Slice) -> Receipt:
+    def score(self, piece: Slice, beside: int = 0) -> Receipt:
         """Scores, commits, counts and logs one slice."""
         started = time.perf_counter()
         with self._meters.slice():
             try:
-                receipt = super().score(piece)
+                receipt = super().score(piece, beside)
             except Exception as error:
                 self._event("slice failed", slice=piece.index, uri=piece.uri, error=str(error))
                 raise

@@ -29,16 +29,20 @@ class Attempts:
         self._store = store
 
     @contextmanager
-    def begin(self, piece: Slice) -> Iterator[int]:
+    def begin(self, piece: Slice, beside: int = 0) -> Iterator[int]:
         """Notes an attempt for the duration of a `with` block, and gives how many before it ended in death.
 
         A process of this machine that is still alive has not died. Of those of other machines nobody can tell: at worst
         the slice is scored apart without need.
 
+        Args:
+            piece: the slice.
+            beside: how many other attempts are known to be at work, wherever.
+
         Raises:
             EnvironmentFaultError: too many have; the next run counts from the start.
         """
-        key, deaths = self._next(piece)
+        key, deaths = self._next(piece, beside)
         try:
             yield deaths
         finally:
@@ -54,9 +58,9 @@ class Attempts:
         for key in self._store.list(FOLDER):
             self._store.delete(key)
 
-    def _next(self, piece: Slice) -> tuple[str, int]:
+    def _next(self, piece: Slice, beside: int) -> tuple[str, int]:
         """Returns the name of a new attempt, and how many before it ended in death."""
-        me, dead = f"{_process()} {secrets.token_hex(8)}", list[str]()
+        me, dead, elsewhere = f"{_process()} {secrets.token_hex(8)}", list[str](), 0
         for number in itertools.count(1):
             key = f"{FOLDER}/{piece.index:09d}-{number}"
             if self._store.create(key, me.encode()):
@@ -66,8 +70,9 @@ class Attempts:
                 break
             if there is not None and not _is_alive(there):
                 dead.append(key)
+                elsewhere += not there.startswith(f"{_machine()} ")
         if len(dead) < MAX_DEATHS:
-            return key, len(dead)
+            return key, len(dead) - min(beside, elsewhere)
         for begun in [*dead, key]:
             self._store.delete(begun)
         raise EnvironmentFaultError(

@@ -18,7 +18,7 @@ from mmray.errors import EnvironmentFaultError, TableError
 from mmray.slices import Slice
 from mmray.source import bytes_or_path
 from mmray.store import open_parent
-from mmray.table import Status, append_columns, cells, require_columns
+from mmray.table import Reason, Status, append_columns, cells, require_columns
 
 if TYPE_CHECKING:  # the driver plans with it, and needs no model
     from mmray.predictor import Predictor
@@ -96,7 +96,9 @@ class Carry:
         if not tables:
             return pa.table({name: pa.nulls(0) for name in [*columns, *names]})
         table = pa.concat_tables(tables, promote_options="permissive")
-        return table.filter(pc.equal(table["status"], Status.OK.value)) if self.only_ok else table
+        if self.only_ok:
+            return table.filter(pc.equal(table["status"], Status.OK.value))
+        return table.filter(pc.fill_null(pc.not_equal(table["reason"], Reason.UNAVAILABLE.value), True))
 
 
 def _with_bounds(file: ScoredFile, key: str) -> ScoredFile | None:

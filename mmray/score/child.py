@@ -21,7 +21,6 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.bundle import load_bundle
-from mmray.errors import MmrayError
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.source import ImageSource
@@ -119,7 +118,7 @@ def telling(connection: Connection) -> Iterator[None]:
         yield
     except Exception as error:
         faulthandler.cancel_dump_traceback_later()
-        say(connection, error=type(error).__name__, ours=isinstance(error, MmrayError), text=str(error))
+        say(connection, error=type(error).__name__, text=str(error))
 
 
 @contextmanager

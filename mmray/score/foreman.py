@@ -61,18 +61,20 @@ class Foreman:
                 self._out[attempt] = Attempt(actor, piece, self._begun)
             return not self._stopping
 
-    def late(self, actor: Any) -> Slice | bool:
-        """Returns a slice for an actor to begin beside another, each only once; else whether there may be one later.
+    def late(self, actor: Any) -> tuple[Slice, int] | bool:
+        """Returns a slice for an actor to begin, each only once, and how many are at it; else whether to ask again.
 
         Asked where all slices are handed out: one that nobody begins is with a process that does not get to it.
         """
         with self._lock:
             if self._stopping or not self._left:
                 return False
-            found = self._late_of_others(actor) or self._never_begun()
-            if found is not None:
-                self._doubled.add(found.index)
-            return found or True
+            beside, unbegun = self._late_of_others(actor), self._never_begun()
+            found = beside or unbegun
+            if found is None:
+                return True
+            self._doubled.add(found.index)
+            return found, int(beside is not None)
 
     def _late_of_others(self, actor: Any) -> Slice | None:
         now, mean_s = time.monotonic(), self._seconds / max(self._rows, 1) or SLOWEST_S
@@ -115,9 +117,10 @@ class Foreman:
                 self._seconds, self._rows = self._seconds + seconds, self._rows + rows
 
     def finish(self) -> None:
-        """Lets no more slices begin, and returns when none is at work."""
-        self._stopping = True
-        while self._out:
+        """Lets no more slices begin, and returns when none is at work that is not done yet."""
+        with self._lock:
+            self._stopping = True
+        while any(out.piece.index in self._left for out in list(self._out.values())):
             time.sleep(POLL_S)
 
     def _look(self) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmray import errors
-from mmray.errors import EnvironmentFaultError
+from mmray.errors import EnvironmentFaultError, named
 from mmray.predictor import OnStage, Predictor
 from mmray.score.child import FORWARD, PREPARE, READ
 from mmray.score.spawn import spawn
@@ -171,8 +170,8 @@ class Isolation:
         """Returns what to raise, of what the child said last."""
         if self._predictor.options.gpus_per_actor:  # it cannot go on with what it has
             self._end()
-        if message.get("ours"):
-            return getattr(errors, message["error"])(message["text"])  # type: ignore[no-any-return]
+        if ours := named(message.get("error", ""), message.get("text", "")):
+            return ours
         if step == READ:
             return EnvironmentFaultError(
                 f"images could not be read ({_how(late, message)[1]}); mend the store or the mount, then run again"
@@ -184,8 +183,8 @@ class Isolation:
         self._child, self._connection = spawn("mmray.score.child")
         self._connection.send_bytes(json.dumps(self._settings).encode())
         message = self._hear("start", START_S)
-        if message.get("ours"):
-            raise getattr(errors, message["error"])(message["text"])
+        if ours := named(message.get("error", ""), message.get("text", "")):
+            raise ours
         if "ready" not in message:
             raise EnvironmentFaultError(f"a process to score rows apart does not start ({_how(False, message)[1]})")
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from mmray import errors
-from mmray.errors import EnvironmentFaultError, MmrayError
-from mmray.machine import KEEP_MEMORY, local_cpus
+from mmray.errors import EnvironmentFaultError, MmrayError, named
+from mmray.machine import KEEP_MEMORY, given_address, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.score.commit import Receipt
 from mmray.score.spawn import spawn
 from mmray.slices import Slice
+from mmray.stop import RESUMES
 
 MAX_ROWS = 100_000  # minutes of work, beside which it does not matter that a cluster starts
 MAX_STARTS = 3  # of processes that end before they could begin a slice
@@ -36,7 +36,7 @@ def scores_here(slices: Sequence[Slice], options: ScoreConfig) -> bool:
     """Whether slices are scored without Ray: as asked, or else where they are few and no cluster is at hand."""
     if options.local is not None:
         return options.local
-    at_hand = bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+    at_hand = given_address() is not None or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
     return not (at_hand or options.needs_cluster) and sum(piece.num_rows for piece in slices) <= MAX_ROWS
 
 
@@ -64,7 +64,7 @@ class LocalPool:
     def __init__(
         self, slices: Sequence[Slice], arguments: tuple[Any, ...], options: ScoreConfig, max_deaths: int, log: Any
     ) -> None:
-        """Starts the processes.
+        """Takes what there is to do.
 
         Args:
             slices: the work.
@@ -79,8 +79,7 @@ class LocalPool:
         self.failed = False
         """Whether a process died, or raised what is not an error of ours."""
         self._processes: dict[Connection, _Process] = {}
-        for _ in range(min(options.num_actors or local_cpus(), len(slices))):
-            self._start()
+        self._size = min(options.num_actors or local_cpus(), len(slices))
 
     def receipts(self) -> Iterator[Receipt]:
         """Yields the receipt of each slice as it is committed.
@@ -89,6 +88,10 @@ class LocalPool:
             MmrayError: what stopped a slice.
             EnvironmentFaultError: processes do not start, or too many die.
         """
+        for _ in range(self._size):
+            self._start()
+        for process in CALLS_PER_PROCESS * list(self._processes.values()):  # two each, if there are so many
+            self._give(process)
         while any(process.slices for process in self._processes.values()):
             for connection in wait(list(self._processes)):
                 receipt = self._hear(self._processes[connection])  # type: ignore[index]
@@ -111,12 +114,11 @@ class LocalPool:
             process.process.wait()
             process.connection.close()
 
-    def _start(self) -> None:
+    def _start(self) -> _Process:
         process = _Process(*spawn(MODULE, environment=ENVIRONMENT, output=self._log))
         self._processes[process.connection] = process
         process.send(self._arguments)
-        for _ in range(CALLS_PER_PROCESS):
-            self._give(process)
+        return process
 
     def _give(self, process: _Process) -> None:
         if self._left and not self._stopping:
@@ -132,7 +134,7 @@ class LocalPool:
             process.is_ready, self._failed_starts = True, 0
             return None
         if not isinstance(message, Receipt):
-            self.failed |= not hasattr(errors, message[0])
+            self.failed |= named(*message) is None
             raise _raised(*message)
         del process.slices[message.slice]
         self._give(process)
@@ -142,24 +144,25 @@ class LocalPool:
         del self._processes[dead.connection]
         dead.connection.close()
         code = dead.process.wait()
+        if self._stopping:
+            return
         self._left.extend(dead.slices.values())  # last, in case it was one of them
         self._failed_starts += not dead.is_ready
         self._deaths, self.failed = self._deaths + 1, True
         if self._failed_starts >= MAX_STARTS or self._deaths > self._max_deaths:
             when = "at a slice" if dead.is_ready else "before its first slice"
             raise EnvironmentFaultError(
-                f"{self._deaths} processes ended, the last {when} with exit code {code}; what is done is kept, the "
-                "same command continues"
+                f"{self._deaths} processes ended, the last {when} with exit code {code}; {RESUMES}"
             )
-        if self._left and not self._stopping:
-            self._start()
+        if self._left:
+            process = self._start()
+            for _ in range(CALLS_PER_PROCESS):
+                self._give(process)
 
 
 def _raised(name: str, text: str) -> MmrayError:
     """Returns the error that a process told of."""
-    if kind := getattr(errors, name, None):
-        return kind(text)  # type: ignore[no-any-return]
-    return EnvironmentFaultError(f"scoring stopped: {name}: {text}; what is done is kept, the same command continues")
+    return named(name, text) or EnvironmentFaultError(f"scoring stopped: {name}: {text}; {RESUMES}")
 
 
 @contextmanager
@@ -172,15 +175,17 @@ def local_pool(
         EnvironmentFaultError: of the block; names the file with what the processes printed, where one of them failed.
     """
     descriptor, path = tempfile.mkstemp(prefix="mmray-", suffix=".log")
+    is_named = False
     with os.fdopen(descriptor) as log:
         pool = LocalPool(slices, arguments, options, max_deaths, log)
         try:
             yield pool
         except EnvironmentFaultError as error:
-            if pool.failed:
+            is_named = pool.failed
+            if is_named:
                 raise EnvironmentFaultError(f"{error}; {path} has what the processes said") from error
             raise
         finally:
             pool.end()
-            if not (pool.failed and sys.exc_info()[0]):
+            if not is_named:
                 os.unlink(path)

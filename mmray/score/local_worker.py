@@ -8,7 +8,6 @@ socket closes it finishes what it is at, and ends.
 
 import faulthandler
 import resource
-import signal
 import sys
 import threading
 import traceback
@@ -29,12 +28,12 @@ class LocalWorker:
 
     def serve(self) -> None:
         """Scores what it is sent, until the connection closes."""
-        with suppress(EOFError), ThreadPoolExecutor(CALLS_PER_PROCESS) as threads:
+        with suppress(EOFError, ConnectionResetError), ThreadPoolExecutor(CALLS_PER_PROCESS) as threads:
             try:
                 arguments, more = self._connection.recv()
                 scorer = WatchedScorer(*arguments, **more)
                 self._say(None)
-            except Exception as error:
+            except BaseException as error:
                 self._say(error)
                 return
             while True:
@@ -43,12 +42,12 @@ class LocalWorker:
     def _score(self, scorer: WatchedScorer, piece: Slice) -> None:
         try:
             self._say(scorer.score(piece))
-        except Exception as error:
+        except BaseException as error:  # whoever waits must hear of any
             self._say(error)
 
     def _say(self, message: object) -> None:
         what = message
-        if isinstance(message, Exception):  # goes as its words: what it carries may not travel
+        if isinstance(message, BaseException):  # goes as its words: what it carries may not travel
             what = type(message).__name__, str(message)
             traceback.print_exception(message)
         with self._turn, suppress(BrokenPipeError):  # nobody listens any more
@@ -59,8 +58,6 @@ def main() -> None:
     """Serves the connection whose descriptor the command line gives."""
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to everyone; the driver says what they mean
-        signal.signal(number, signal.SIG_IGN)
     LocalWorker(Connection(int(sys.argv[1]))).serve()
 
 

@@ -1,4 +1,8 @@
-"""Starts a process of ours that reads what it is told from a socket; whoever holds the other end sees it die."""
+"""Starts a process of ours that reads what it is told from a socket; whoever holds the other end sees it die.
+
+It is out of reach of a terminal's Ctrl-C: what that means, its driver says. Nor does it import what lies in the current
+folder, as `python -m` would.
+"""
 
 import os
 import socket
@@ -19,6 +23,7 @@ def spawn(
         environment: variables beside those of this process.
         output: file for what it prints; by default where this process prints.
     """
+    path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -27,6 +32,7 @@ def spawn(
             stdout=output,
             stderr=output,
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
+            process_group=0,
+            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path, **(environment or {})},
         )
     return process, Connection(ours.detach())

@@ -76,17 +76,21 @@ class SliceScorer:
     def __call__(self, rows: pa.Table) -> pa.Table:
         return receipts_to_arrow(self.score(piece) for piece in slices_from_arrow(rows))
 
-    def score(self, piece: Slice) -> Receipt:
+    def score(self, piece: Slice, beside: int = 0) -> Receipt:
         """Scores and commits one slice: in this process, or apart from it where another died at it.
 
         One that is there already is left alone: some are handed out together, and again where their process died.
+
+        Args:
+            piece: the slice.
+            beside: how many other processes are known to be at it.
 
         Raises:
             EnvironmentFaultError: the machine or the store failed, which no row is blamed for.
         """
         if found := self._output.found(self._plan_hash, piece):
             return found
-        with self._attempts.begin(piece) as deaths:
+        with self._attempts.begin(piece, beside) as deaths:
             rows = timed(self._on_stage, "read", read_slice, piece)
             scored, carried = self._score_apart(piece, rows) if deaths else self._score_here(piece, rows)
             _refuse_nonfinite(piece, scored)
@@ -128,10 +132,10 @@ class WatchedScorer(SliceScorer):
         self._on_stage_too, self._watchdog = on_stage, Watchdog(arguments[-1].stuck_after_s)
         super().__init__(*arguments, on_stage=self._progress, **more)
 
-    def score(self, piece: Slice) -> Receipt:
+    def score(self, piece: Slice, beside: int = 0) -> Receipt:
         """See `SliceScorer.score`."""
         with self._watchdog.watching():
-            return super().score(piece)
+            return super().score(piece, beside)
 
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         with self._watchdog.paused():  # its child is watched by itself

@@ -25,9 +25,10 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions
 
 from mmray.bundle_info import read_info
-from mmray.cluster import cluster, environment, given_address, unwrap
+from mmray.cluster import cluster, environment, unwrap
 from mmray.config import Section
 from mmray.errors import ConfigError, EnvironmentFaultError
+from mmray.machine import given_address
 from mmray.serve.api import build_api
 from mmray.serve.haproxy import INSIDE, haproxy, said
 from mmray.serve.meters import Meters

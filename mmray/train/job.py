@@ -21,11 +21,11 @@ import torch
 
 from mmray.bundle import Bundle, save_bundle, without_weight_files
 from mmray.bundle_info import read_info
-from mmray.cluster import RAY_ERRORS, cluster, environment, given_address, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, environment, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
-from mmray.machine import local_cpus
+from mmray.machine import given_address, local_cpus
 from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store

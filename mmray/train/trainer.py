@@ -7,24 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray.train.torch
+from ray.experimental import internal_kv
 from ray.util.queue import Empty, Queue
-
-from mmray.cluster import given_address
 
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with the history's entry of each epoch as it ends."""
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's, but for who cleans up after a controller that dies, on a cluster that ends with this process anyway.
+    """Ray's, but for who cleans up after a controller that dies, where there is no dashboard.
 
-    That one asks the dashboard, which a local cluster has not, and at the end is waited for in vain for 12 seconds.
+    That one asks the dashboard for news, and where it gets none, is waited for in vain at the end for 12 seconds.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # its first version has none
-        cleaner = None if given_address() else "PlacementGroupCleanerCallback"
-        return [callback for callback in callbacks if type(callback).__name__ != cleaner]
+        has_dashboard = internal_kv._internal_kv_get("dashboard", namespace="dashboard") is not None
+        return [c for c in callbacks if has_dashboard or type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
 @contextmanager
