@@ -1,6 +1,7 @@
 """The command line as a new user meets it: what a mistake is answered with, and which code it exits with."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
 
+from mmray.bundle_info import read_info
 from mmray.cli import build_parser, main
 from mmray.options import ScoreConfig
 
@@ -45,6 +47,18 @@ def test_the_help_of_each_command_fits_a_screen(command: str, capsys: pytest.Cap
         main([command, "--help"])
     assert caught.value.code == 0
     assert 3 < len(capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_a_bundle_says_what_it_is(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", bundle]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^task +multiclass, 3 labels: blue, green, red$", said, re.MULTILINE)
+    assert re.search(r"^image +cnn on \d+ x \d+ pixels; column 'image_path'$", said, re.MULTILINE)
+    assert main(["inspect", bundle, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fingerprint"] == read_info(bundle).fingerprint
+    assert found["bytes"].keys() == {path.name for path in Path(bundle).iterdir()}
+    assert "no bundle at" in fails(capsys, ["inspect", "nowhere"])
 
 
 def test_wrong_paths_are_named(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
