@@ -61,6 +61,36 @@ def test_a_bundle_says_what_it_is(bundle: str, capsys: pytest.CaptureFixture[str
     assert "no bundle at" in fails(capsys, ["inspect", "nowhere"])
 
 
+def test_a_row_is_explained_stage_by_stage(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(rows / "part-0.parquet").slice(0, 2)
+    paths = pa.array(["gone.jpg", table["image_path"][1].as_py()])
+    texts = pa.array(["the red \x1b[2J zyzzyva", "a green one"])
+    table = table.set_column(1, "image_path", paths).set_column(2, "text", texts)
+    pq.write_table(table, tmp_path / "two.parquet")
+    score_in_process(
+        bundle, str(tmp_path / "two.parquet"), str(tmp_path / "out"), ScoreConfig(image_roots=(str(rows),))
+    )
+    (part,) = (tmp_path / "out" / "data").iterdir()
+    explained = []
+    for row in range(2):
+        assert main(["explain-row", str(tmp_path / "out"), f"data/{part.name}:{row}"]) == 0
+        said = capsys.readouterr().out
+        explained.append([(line[:12].strip(), line[13:]) for line in said.splitlines()])
+    broken, whole = explained
+    assert ("image read", "MISSING: no such file") in broken
+    assert ("image alone", "no score") in broken
+    assert ("model sees", r"the red [\x1b] [[] [2j] [zyzzyva]  (6 tokens, 4 unknown in brackets)") in broken
+    assert dict(broken)["stored"] == dict(broken)["again"]
+    assert ("model sees", "16 x 16 pixels") in whole
+    assert dict(whole)["stored"] == dict(whole)["again"]
+    assert dict(whole)["stored"].endswith("; ok")
+    assert len({dict(whole)[name] for name in ("again", "image alone", "text alone")}) > 1
+    assert "no row 'x:1'" in fails(capsys, ["explain-row", str(tmp_path / "out"), "x:1"])
+    assert "which has 2" in fails(capsys, ["explain-row", str(tmp_path / "out"), f"data/{part.name}:2"])
+
+
 def test_wrong_paths_are_named(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     assert "no bundle at 'nowhere'" in fails(capsys, ["score", "nowhere", str(rows), out])

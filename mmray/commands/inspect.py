@@ -1,4 +1,4 @@
-"""`mmray inspect`: what a bundle is, without loading the model."""
+"""`mmray inspect` and `explain-row`: what a bundle is, and why a row got what it got."""
 
 import argparse
 import json
@@ -9,7 +9,12 @@ LOSSES = ("train_loss", "validation_loss")
 
 
 def register(commands: Any) -> None:
-    """Adds the command to the parser."""
+    """Adds these commands to the parser."""
+    _add_inspect(commands)
+    _add_explain(commands)
+
+
+def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="say what a bundle is: model, labels, what it was trained on and how well it did",
@@ -73,3 +78,23 @@ def _task(info: Any) -> str:
         return str(kind)
     more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
     return f"{kind}, {len(labels)} labels: {', '.join(labels[:SHOWN_LABELS])}{more}"
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain-row",
+        help="score one row of an output again, stage by stage",
+        description="Score one row again and say what each stage makes of it: what was read, what the model sees of "
+        "it, the score, and that of each modality alone.",
+    )
+    explain.add_argument("output", metavar="OUTPUT")
+    explain.add_argument("row", metavar="FILE:ROW", help="as `mmray errors` names it, or any other of OUTPUT/data")
+    explain.add_argument("--bundle", metavar="BUNDLE", help="where the bundle is now (default: where the run had it)")
+    explain.set_defaults(run=_explain)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from mmray.score.explain import explain_row
+
+    for stage, text in explain_row(args.output, args.row, args.bundle):
+        print(f"{stage:<12} {text}")
