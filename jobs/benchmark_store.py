@@ -110,7 +110,8 @@ def measure_store(folder: Path, repeats: int, processes: int) -> dict[str, Any]:
         for delay_s, found in rates.items():
             with running(folder, delay_s) as environment:
                 os.environ.update(environment)
-                run = run_mmray("score", "s3://b/bundle", "s3://b/table", "s3://b/out", "--actors", processes, "--no-local")
+                command = ("score", "s3://b/bundle", "s3://b/table", "s3://b/out", "--actors", processes, "--no-local")
+                run = run_mmray(*command)
             found.append(float(re.findall(r"steady ([\d,]+) rows/s", run["output"])[0].replace(",", "")))
     ratios = [slow / quick for quick, slow in zip(*rates.values(), strict=True)]
     steady = {f"{1000 * delay_s:.0f} ms": [round(rate) for rate in found] for delay_s, found in rates.items()}
