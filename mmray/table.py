@@ -112,7 +112,7 @@ def require_columns(schema: pa.Schema, names: Sequence[str], where: str) -> None
     for name in names:
         if name not in schema.names:
             hint = nearest(name, schema.names)
-            raise TableError(f"{where} has no column {name!r}{hint} It has: {', '.join(schema.names) or 'none'}")
+            raise TableError(f"{where} has no column {name!r}{hint or '.'} It has: {', '.join(schema.names) or 'none'}")
 
 
 def cells(column: pa.ChunkedArray) -> list[Any]:

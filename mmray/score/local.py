@@ -4,7 +4,7 @@ Reads slices -> gives receipts as they come. A process that dies is replaced, an
 that kills is named, as on a cluster.
 """
 
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 from mmray.errors import EnvironmentFaultError, MmrayError, named
 from mmray.machine import KEEP_MEMORY, given_address, local_cpus
@@ -174,18 +174,22 @@ def local_pool(
     Raises:
         EnvironmentFaultError: of the block; names the file with what the processes printed, where one of them failed.
     """
-    descriptor, path = tempfile.mkstemp(prefix="mmray-", suffix=".log")
-    is_named = False
-    with os.fdopen(descriptor) as log:
+    with tempfile.TemporaryFile() as log:
         pool = LocalPool(slices, arguments, options, max_deaths, log)
         try:
             yield pool
         except EnvironmentFaultError as error:
-            is_named = pool.failed
-            if is_named:
-                raise EnvironmentFaultError(f"{error}; {path} has what the processes said") from error
+            if pool.failed:
+                pool.end()
+                raise EnvironmentFaultError(f"{error}; {_kept(log)} has what the processes said") from error
             raise
         finally:
             pool.end()
-            if not is_named:
-                os.unlink(path)
+
+
+def _kept(log: IO[bytes]) -> str:
+    """Copies what has no name to a file that has one."""
+    with tempfile.NamedTemporaryFile(prefix="mmray-", suffix=".log", delete=False) as kept:
+        log.seek(0)
+        shutil.copyfileobj(log, kept)
+    return kept.name
