@@ -3,7 +3,7 @@
 Reads a run's slices and its bundle -> gives what differs. A tolerance is that of the formats of both forward passes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +56,11 @@ def sample_rows(slices: Sequence[Slice], sample: int, seed: int) -> Rows:
 
 def differences(
     target: Output, plan_hash: str, piece: Slice, rows: Sequence[int], predictor: Predictor
-) -> Iterator[str]:
-    """Yields what is different about some rows of a slice, but of those that killed a process or had no image then."""
+) -> tuple[int, list[str]]:
+    """Returns how many of some rows of a slice were compared, and what is different about them.
+
+    Those that killed a process, or had no image then, are left alone.
+    """
     key = part_key(plan_hash, piece.index)
     columns = list(dict.fromkeys([*map(predictor.column, predictor.modalities), *(f.name for f in predictor.fields)]))
     with target.store.open(key) as source:
@@ -69,9 +72,9 @@ def differences(
     tolerance = max(TOLERANCE[name] for name in formats)
     # Where labels are about as likely, bf16 may well prefer another.
     same = SAME if formats == {"fp32"} else SAME[1:]
-    for k, want, got in zip(alive, scored.to_pylist(), again.to_pylist(), strict=True):
-        if what := difference(want, got, predictor.bundle.score_range, tolerance, same):
-            yield f"{key}:{rows[k]}: {what}"
+    pairs = zip(alive, scored.to_pylist(), again.to_pylist(), strict=True)
+    found = [(k, difference(want, got, predictor.bundle.score_range, tolerance, same)) for k, want, got in pairs]
+    return len(alive), [f"{key}:{rows[k]}: {what}" for k, what in found if what]
 
 
 def difference(
