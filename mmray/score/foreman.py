@@ -64,13 +64,14 @@ class Foreman:
     def late(self, actor: Any) -> tuple[Slice, int] | bool:
         """Returns a slice for an actor to begin, each only once, and how many are at it; else whether to ask again.
 
-        Asked where all slices are handed out: one that nobody begins is with a process that does not get to it.
+        Asked where all slices are handed out: one that nobody is at is with a process that does not get to it, or whose
+        receipt does not come.
         """
         with self._lock:
             if self._stopping or not self._left:
                 return False
-            beside, unbegun = self._late_of_others(actor), self._never_begun()
-            found = beside or unbegun
+            beside, idle = self._late_of_others(actor), self._with_nobody()
+            found = beside or idle
             if found is None:
                 return True
             self._doubled.add(found.index)
@@ -85,7 +86,7 @@ class Foreman:
                 return out.piece
         return None
 
-    def _never_begun(self) -> Slice | None:
+    def _with_nobody(self) -> Slice | None:
         if time.monotonic() - self._begun < LATE_S:
             return None
         at_work = {out.piece.index for out in self._out.values()} | self._doubled
@@ -109,12 +110,15 @@ class Foreman:
         """Notes that it is at an end."""
         with self._lock:
             out = self._out.pop(attempt, None)  # none, where it was taken for dead
-            if out is not None and committed:
-                self._left.pop(out.piece.index, None)
             if out is not None and committed and not out.is_apart:
                 seconds, rows = time.monotonic() - out.since, out.piece.num_rows
                 self._pace_s = max(self._pace_s, seconds / rows)
                 self._seconds, self._rows = self._seconds + seconds, self._rows + rows
+
+    def received(self, index: int) -> None:
+        """Notes that the driver has a slice's receipt; that of one that is committed may be with a stopped process."""
+        with self._lock:
+            self._left.pop(index, None)
 
     def finish(self) -> None:
         """Lets no more slices begin, and returns when none is at work that is not done yet."""
@@ -150,6 +154,10 @@ class Hired:
         """See `Foreman.finish`."""
         self._finishing = True
         ray.get(self.actor.finish.remote())
+
+    def received(self, index: int) -> None:
+        """See `Foreman.received`; does not wait."""
+        self.actor.received.remote(index)
 
     def wait_if_finishing(self) -> None:
         """Where slices were left undone on request, waits for the signal that says what that means."""

@@ -153,6 +153,7 @@ def _on_ray(
         try:
             with closing(slices) as rows:
                 for row in rows:
+                    foreman.received(row["slice"])
                     meters.slice_done()
                     yield receipt_from_row(row)
             foreman.wait_if_finishing()
