@@ -16,7 +16,9 @@ HELD_OUT = 0.02  # of the rows: validation is no part of a bare loop
 
 def measure_training(folder: Path, table: Path, repeats: int) -> dict[str, Any]:
     """Returns rows/s of one training worker and of the bare loop, taken in turns, and their ratio."""
-    os.environ |= _keep_memory()
+    from mmray.machine import KEEP_MEMORY
+
+    os.environ |= KEEP_MEMORY  # of the bare loop, as training workers have it
     ours, bare = [], []
     for k in range(repeats):
         bundle, rate = _train(table, folder, f"run-{k}")
@@ -29,12 +31,6 @@ def measure_training(folder: Path, table: Path, repeats: int) -> dict[str, Any]:
         "bare_loop_rows_per_s": [round(rate) for rate in bare],
         "train_to_bare": round(statistics.median(ratios), 3),
     }
-
-
-def _keep_memory() -> dict[str, str]:
-    from mmray.machine import KEEP_MEMORY  # as training workers have it
-
-    return KEEP_MEMORY
 
 
 def _train(table: Path, folder: Path, name: str) -> tuple[str, float]:

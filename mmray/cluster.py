@@ -27,7 +27,7 @@ from mmray.machine import KEEP_MEMORY, given_address, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import SPARE, Slice, slices_to_arrow
-from mmray.stop import terminable
+from mmray.stop import RESUMES, terminable
 
 MAX_RETRIES = 3  # of an actor and of a slice on it, where nobody counts; Ray's own default is for ever
 MAX_BLOCKS = 1024  # so many times as many slices are left, so many are handed out together
@@ -235,7 +235,7 @@ def unwrap(error: BaseException, what: str) -> MmrayError:
                 return ours
     lines = [line for line in texts[-1].splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b.*: ", line)]
     cause = lines[0] if lines else texts[-1].strip().partition("\n")[0] or type(error).__name__
-    return EnvironmentFaultError(f"{what} stopped: {cause}; what is done is kept, the same command continues")
+    return EnvironmentFaultError(f"{what} stopped: {cause}; {RESUMES}")
 
 
 def _start_local(num_cpus: int) -> None:

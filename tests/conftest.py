@@ -86,6 +86,22 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of small pictures and texts; a module that wants more than 40 rows says so as `ROWS`."""
+    from models import colour_table
+
+    return colour_table(tmp_path_factory.mktemp("rows"), rows=getattr(request.module, "ROWS", 40))
+
+
+@pytest.fixture(scope="module")
+def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained model that knows those rows."""
+    from models import saved_bundle
+
+    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
+
+
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     from mmray.cluster import cluster
 

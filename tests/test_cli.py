@@ -7,22 +7,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, saved_bundle, score_in_process
+from models import saved_bundle, score_in_process
 
 from mmray.bundle_info import read_info
 from mmray.cli import build_parser, main
 from mmray.options import ScoreConfig
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=40)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
-
 
 COMMANDS = next(action for action in build_parser()._actions if isinstance(action.choices, dict)).choices
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, saved_bundle, score_in_process
+from models import score_in_process
 from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
@@ -19,19 +19,11 @@ from mmray.errors import BundleError
 from mmray.options import ScoreConfig
 from mmray.score.job import score_table
 from mmray.score.ledger import Ledger
+from mmray.score.plan import make_plan
 from mmray.score.verify import verify_output
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=240)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
+ROWS = 240
 
 
 def test_scoring_on_a_cluster_gives_what_one_process_gives(
@@ -131,14 +123,21 @@ def test_nothing_reads_on_when_an_interrupted_step_ends_its_cluster() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_what_a_process_does_not_get_done_another_does_beside_it(rows: Path, bundle: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("actors", "stuck_after"),
+    [pytest.param(2, 600, id="another does its slices"), pytest.param(1, 5, id="it is replaced")],
+)
+def test_a_process_that_is_stopped_as_a_whole_holds_nothing_up_and_changes_nothing_when_it_goes_on(
+    rows: Path, bundle: str, tmp_path: Path, actors: int, stuck_after: int
+) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, rows, output, "--slice-rows", 3, "--actors", 2, "--no-local"]
-    with started(*command) as process:
+    command = ["score", bundle, rows, output, "--slice-rows", 3, "--no-local"]
+    with started(*command, "--actors", actors, "--stuck-after", stuck_after) as process:
         wait_for(lambda: num_parts(output) or process.poll() is not None)
         stopped = stop_one(output)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert num_parts(output) == len(make_plan(bundle, str(rows), ScoreConfig(slice_rows=3)).slices)
     with suppress(ProcessLookupError):  # its cluster has ended it
         os.kill(stopped, signal.SIGCONT)
     assert mmray("verify", output, "--level", "2").returncode == 0

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, saved_bundle, score_in_process, small_bundle, small_config
+from models import score_in_process, small_bundle, small_config
 from processes import wait_for
 from pydantic import SecretStr
 
@@ -28,16 +28,6 @@ from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
 SETTINGS = ServeConfig(max_items=8, max_body_bytes=200_000, body_timeout_s=0.3)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=40)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 @pytest.fixture(scope="module")

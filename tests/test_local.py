@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from models import colour_table, saved_bundle, score_in_process
+from models import score_in_process
 from processes import check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
@@ -16,16 +16,7 @@ from mmray.score.local import MAX_ROWS, scores_here
 from mmray.slices import Slice
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=240)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
+ROWS = 240
 
 
 def test_it_gives_the_files_of_one_process_byte_for_byte_and_loads_no_ray(

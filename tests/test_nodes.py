@@ -14,7 +14,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 import pytest
 import ray
-from models import colour_table, saved_bundle, score_in_process
+from models import score_in_process
 from processes import wait_for
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
@@ -78,16 +78,6 @@ def nodes() -> Iterator[Nodes]:
         with cluster():
             yield nodes
         nodes.cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=ROWS)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def run_of(output: Path) -> str:

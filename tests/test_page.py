@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from models import colour_table, saved_bundle
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -27,16 +26,6 @@ from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=40)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:

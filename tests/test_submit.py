@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, saved_bundle, score_in_process
+from models import saved_bundle, score_in_process
 from processes import wait_for
 from ray_head import Head, running_head
 
@@ -196,16 +196,6 @@ def door(head: Head) -> Iterator[Door]:
         yield door
         door.open.set()
         door.shutdown()
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_table(tmp_path_factory.mktemp("rows"), rows=40)
-
-
-@pytest.fixture(scope="module")
-def bundle(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_bundle(tmp_path_factory.mktemp("bundles") / "bundle", rows)
 
 
 def test_a_table_is_scored_there_its_log_comes_here_and_what_succeeded_is_not_run_again(

@@ -39,11 +39,7 @@ def add_score_options(parser: Any) -> None:
     """Adds all that `ScoreConfig` has."""
     add_placement(parser)
     parser.add_argument("--probabilities", action="store_true", help="add the probability of every label")
-    parser.add_argument(
-        "--local",
-        action=argparse.BooleanOptionalAction,
-        help="without Ray (default: few rows)",
-    )
+    parser.add_argument("--local", action=argparse.BooleanOptionalAction, help="without Ray (default: few rows)")
     parser.add_argument("--min-actors", type=int, metavar="N", help="begin with so few and grow (default: all at once)")
     parser.add_argument("--placement", metavar="WHO", help="who decodes: auto, cluster or local (default: auto)")
     parser.add_argument("--on-unavailable", metavar="DO", help="image not to be had: fail or record (default: fail)")

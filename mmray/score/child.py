@@ -11,7 +11,6 @@ import faulthandler
 import json
 import os
 import resource
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import pyarrow as pa
 from mmray.bundle import load_bundle
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
+from mmray.score.spawn import spawned
 from mmray.source import ImageSource
 from mmray.table import Fault, Reason, cells
 
@@ -136,9 +136,7 @@ def _memory_limit(more: int) -> Iterator[None]:
 
 def main() -> None:
     """Serves the connection whose descriptor the command line gives."""
-    faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it will die often, and its memory is somebody's data
-    connection = Connection(int(sys.argv[1]))
+    connection = spawned()
     with telling(connection):
         Child(connection, json.loads(connection.recv_bytes())).serve()
 

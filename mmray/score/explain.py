@@ -47,7 +47,7 @@ def explain_row(output: str, name: str, bundle: str | None = None) -> Iterator[L
     predictor = rescorer(bundle or owner["bundle"], owner)
     columns = {modality: cells(row[predictor.column(modality)]) for modality in predictor.modalities}
     if "image" in columns:
-        yield from _image(columns["image"][0], predictor, owner)
+        yield from _image(columns["image"][0], predictor)
     if "text" in columns:
         yield from _text(columns["text"][0], predictor)
     yield "again", _result(_predicted(predictor, columns))
@@ -69,10 +69,10 @@ def _row(output: str, name: str) -> pa.Table:
     return table.slice(int(number), 1)
 
 
-def _image(cell: Any, predictor: Predictor, owner: dict[str, Any]) -> Iterator[Line]:
+def _image(cell: Any, predictor: Predictor) -> Iterator[Line]:
     config, cell = predictor.bundle.config.image, bytes_or_path(cell)
     yield "image cell", f"{len(cell):,} bytes" if isinstance(cell, bytes) else _short(cell)
-    data = ImageSource(owner["identity"]["options"]["image_roots"], config.max_bytes).read(cell)
+    data = ImageSource(predictor.options.image_roots, config.max_bytes).read(cell)
     if isinstance(data, Fault):
         yield "image read", _why(data)
         return

@@ -2,9 +2,9 @@
 
 An actor of the run without work of its own. Where others have nothing left to do, a slice that takes much longer than
 the others did is begun again beside the first (Dean and Ghemawat 2004, backup tasks); whoever commits it first has done
-it. A process that is stopped as a whole, or whose machine hangs, cannot end
-itself as one does that hangs at a row (`watchdog.py`). It is killed from here, and Ray starts another, where there is
-room: that one does its slices, and whatever the first had left to say finds them committed.
+it. A process that is stopped as a whole, or whose machine hangs, cannot end itself as one does that hangs at a row
+(`watchdog.py`). It is killed from here, and Ray starts another, where there is room: that one does its slices, and
+whatever the first had left to say finds them committed.
 """
 
 import threading
@@ -70,8 +70,8 @@ class Foreman:
         with self._lock:
             if self._stopping or not self._left:
                 return False
-            beside, idle = self._late_of_others(actor), self._with_nobody()
-            found = beside or idle
+            beside = self._late_of_others(actor)
+            found = beside or self._with_nobody()
             if found is None:
                 return True
             self._doubled.add(found.index)

@@ -19,7 +19,7 @@ from mmray.score.ledger import Ledger
 from mmray.score.local import local_pool, scores_here
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
-from mmray.stop import stoppable
+from mmray.stop import RESUMES, stoppable
 from mmray.store import open_store
 from mmray.table import Status
 
@@ -173,8 +173,8 @@ def while_few_die(receipts: Iterable[Receipt], allowed: int) -> Iterator[Receipt
         deaths += receipt.deaths
         if deaths > allowed:
             raise EnvironmentFaultError(
-                f"processes died {deaths} times at slices, which is more than rows that kill explain; see their "
-                "logs; what is done is kept, the same command continues"
+                f"processes died {deaths} times at slices, which is more than rows that kill explain; see their logs; "
+                f"{RESUMES}"
             )
 
 

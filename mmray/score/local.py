@@ -177,14 +177,14 @@ def local_pool(
     with tempfile.TemporaryFile() as log:
         pool = LocalPool(slices, arguments, options, max_deaths, log)
         try:
-            yield pool
+            try:
+                yield pool
+            finally:
+                pool.end()
         except EnvironmentFaultError as error:
             if pool.failed:
-                pool.end()
                 raise EnvironmentFaultError(f"{error}; {_kept(log)} has what the processes said") from error
             raise
-        finally:
-            pool.end()
 
 
 def _kept(log: IO[bytes]) -> str:

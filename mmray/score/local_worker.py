@@ -6,9 +6,6 @@ Reads slices from a socket -> gives None when it is ready, then their receipts, 
 socket closes it finishes what it is at, and ends.
 """
 
-import faulthandler
-import resource
-import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +13,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from mmray.options import CALLS_PER_PROCESS
+from mmray.score.spawn import spawned
 from mmray.score.worker import WatchedScorer
 from mmray.slices import Slice
 
@@ -56,9 +54,7 @@ class LocalWorker:
 
 def main() -> None:
     """Serves the connection whose descriptor the command line gives."""
-    faulthandler.enable()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    LocalWorker(Connection(int(sys.argv[1]))).serve()
+    LocalWorker(spawned()).serve()
 
 
 if __name__ == "__main__":

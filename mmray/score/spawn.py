@@ -4,7 +4,9 @@ It is out of reach of a terminal's Ctrl-C: what that means, its driver says. Nor
 folder, as `python -m` would.
 """
 
+import faulthandler
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -36,3 +38,13 @@ def spawn(
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path, **(environment or {})},
         )
     return process, Connection(ours.detach())
+
+
+def spawned() -> Connection:
+    """Returns the other end, in the process that was started; comes first there.
+
+    What kills the process is said where it prints, and its memory, which is somebody's data, goes to no file.
+    """
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return Connection(int(sys.argv[1]))
