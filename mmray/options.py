@@ -62,13 +62,13 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _stay(self) -> "ScoreConfig":
         if self.local and self.needs_cluster:
-            raise ValueError("--local is without Ray, which --gpus, --node-label, --placement and --min-actors need")
+            raise ValueError("--local is without Ray, which --node-label, --placement and --min-actors need")
         return self
 
     @property
     def needs_cluster(self) -> bool:
         """Whether something is asked for that only Ray gives."""
-        return bool(self.gpus_per_actor or self.node_labels or self.min_actors or self.placement == "cluster")
+        return bool(self.node_labels or self.min_actors or self.placement == "cluster")
 
     def numeric_options(self) -> dict[str, Any]:
         """Returns the settings that change what is written: part of the plan's identity."""

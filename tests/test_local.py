@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from models import score_in_process
 from processes import check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
@@ -51,6 +52,19 @@ def test_a_process_that_is_killed_is_replaced(rows: Path, bundle: str, tmp_path:
     assert process.returncode == 0, errors
     assert len(killed) == 3
     assert "processes said" not in errors
+    assert mmray("verify", output, "--level", 2).returncode == 0
+
+
+def test_a_process_that_is_stopped_from_outside_is_replaced(rows: Path, bundle: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 1, "--local", "--stuck-after", 2]
+    with started(*command) as process:
+        wait_for(lambda: num_parts(output) or process.poll() is not None)
+        stopped = pid_at_work(output)
+        os.kill(stopped, signal.SIGSTOP)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not Path(f"/proc/{stopped}").exists()
     assert mmray("verify", output, "--level", 2).returncode == 0
 
 
@@ -104,7 +118,7 @@ def test_processes_that_do_not_start_end_the_run_and_leave_what_they_said(
         ({}, MAX_ROWS + 1, False),
         ({"local": True}, MAX_ROWS + 1, True),
         ({"local": False}, 1, False),
-        ({"gpus_per_actor": 1.0}, 1, False),
+        ({"gpus_per_actor": 1.0}, 1, True),
         ({"node_labels": {"a": "b"}}, 1, False),
         ({"placement": "cluster"}, 1, False),
     ],
@@ -120,6 +134,13 @@ def test_few_rows_need_no_cluster(
 
 
 def test_what_only_ray_gives_is_refused(rows: Path, bundle: str, tmp_path: Path) -> None:
-    run = mmray("score", bundle, rows, tmp_path / "out", "--local", "--gpus", 1)
+    run = mmray("score", bundle, rows, tmp_path / "out", "--local", "--placement", "cluster")
     assert run.returncode == 2
     assert "--local" in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpus_that_are_not_there_are_refused(rows: Path, bundle: str, tmp_path: Path) -> None:
+    run = mmray("score", bundle, rows, tmp_path / "out", "--gpus", 0.5)
+    assert run.returncode == 2
+    assert "0.5 GPUs for each process were asked for, and this machine has 0" in run.stderr

@@ -25,8 +25,10 @@ from mmray.options import ScoreConfig
 from mmray.placement import place
 from mmray.schedule.lease import lease
 from mmray.schedule.meters import beat
+from mmray.score.foreman import Foreman
 from mmray.score.job import score_table
 from mmray.score.verify import verify_output
+from mmray.slices import Slice, slices_to_arrow
 from mmray.store import open_store
 
 pytestmark = pytest.mark.ray
@@ -113,6 +115,24 @@ def test_rows_prepared_by_tasks_of_other_nodes_get_the_scores_of_one_process(
     wait_for(lambda: nodes.measured(r'ray_tasks\{[^}]*Name="_prepare"[^}]*State="FINISHED"[^}]*\}') >= ROWS / 32)
 
 
+def test_a_process_whose_receipt_does_not_arrive_is_replaced_and_one_whose_does_is_not(nodes: Nodes) -> None:
+    class Process:  # here, so that it travels
+        def pid(self) -> int:
+            return os.getpid()
+
+    slices = [Slice(k, "a.parquet", "1", 0, 1) for k in range(2)]
+    actors = [ray.remote(Process).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote() for _ in slices]
+    silent, heard = ray.get([actor.pid.remote() for actor in actors])
+    foreman = Foreman(slices_to_arrow(slices), floor_s=1.0)
+    for piece, actor in zip(slices, actors, strict=True):
+        foreman.begin(f"attempt {piece.index}", piece, actor)
+        foreman.end(f"attempt {piece.index}", committed=True)
+    foreman.received(1)
+    wait_for(lambda: not Path(f"/proc/{silent}").exists())
+    assert ray.get([actor.pid.remote() for actor in actors])[1] == heard
+    assert ray.get(actors[0].pid.remote()) != silent
+
+
 def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:
     output, labels = tmp_path / "out", {"purpose": "other"}
     doomed, lost = nodes.cluster.add_node(num_cpus=1, labels=labels, **NODE), list[int]()
@@ -141,7 +161,7 @@ def test_prometheus_reads_what_was_scored(nodes: Nodes, rows: Path, bundle: str,
     options = ScoreConfig(image_roots=(str(rows),), slice_rows=30, num_actors=2)
     score_table(bundle, str(tmp_path / "rows.parquet"), str(tmp_path / "out"), options)
     run = rf'[^}}]*run="{run_of(tmp_path / "out")}"[^}}]*'
-    wait_for(lambda: nodes.measured(rf"ray_mmray_slices_total\{{{run}\}}") == 4)
+    wait_for(lambda: nodes.measured(rf'ray_mmray_slices_total\{{{run}state="committed"[^}}]*\}}') == 4)
     assert nodes.measured(rf'ray_mmray_rows_total\{{{run}status="ok"[^}}]*\}}') == 110
     assert nodes.measured(rf'ray_mmray_rows_total\{{[^}}]*reason="MISSING"{run}status="degraded"[^}}]*\}}') == 10
     for stage in ("read", "prepare", "forward", "commit"):

@@ -5,7 +5,6 @@ Its log lines are JSON, one a slice, in the log of its Ray worker: `event`, `run
 
 import json
 import logging
-import os
 import secrets
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import torch
 
 from mmray.options import ScoreConfig
 from mmray.score.carry import Carry
@@ -98,13 +96,6 @@ class ScoringActor(WatchedScorer):
         seconds = round(time.perf_counter() - started, 3)
         self._event("slice committed", slice=piece.index, created=receipt.created, seconds=seconds, **counts)
         return receipt
-
-    def _score_here(self, piece: Slice, rows: pa.Table) -> Scored:
-        try:
-            return super()._score_here(piece, rows)
-        except torch.AcceleratorError as error:  # a GPU that failed once answers this process no more
-            self._event("process ends", slice=piece.index, error=str(error))
-            os._exit(1)
 
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         self._event("slice apart", slice=piece.index)

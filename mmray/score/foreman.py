@@ -4,9 +4,10 @@ An actor of the run without work of its own. Where others have nothing left to d
 the others did is begun again beside the first (Dean and Ghemawat 2004, backup tasks); whoever commits it first has done
 it. A process that is stopped as a whole, or whose machine hangs, cannot end itself as one does that hangs at a row
 (`watchdog.py`). It is killed from here, and Ray starts another, where there is room: that one does its slices, and
-whatever the first had left to say finds them committed.
+finds those committed whose receipts the first had yet to send.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,7 @@ class Foreman:
         self._floor_s, self._pace_s = floor_s, 0.0
         self._rows, self._seconds = 0, 0.0
         self._out: dict[str, Attempt] = {}
+        self._sent: dict[int, Attempt] = {}
         self._begun = time.monotonic()
         self._stopping = False
         self._lock = threading.Lock()
@@ -110,6 +112,8 @@ class Foreman:
         """Notes that it is at an end."""
         with self._lock:
             out = self._out.pop(attempt, None)  # none, where it was taken for dead
+            if out is not None and committed and out.piece.index in self._left:
+                self._sent.setdefault(out.piece.index, Attempt(out.actor, out.piece, time.monotonic()))
             if out is not None and committed and not out.is_apart:
                 seconds, rows = time.monotonic() - out.since, out.piece.num_rows
                 self._pace_s = max(self._pace_s, seconds / rows)
@@ -119,6 +123,7 @@ class Foreman:
         """Notes that the driver has a slice's receipt; that of one that is committed may be with a stopped process."""
         with self._lock:
             self._left.pop(index, None)
+            self._sent.pop(index, None)
 
     def finish(self) -> None:
         """Lets no more slices begin, and returns when none is at work that is not done yet."""
@@ -131,10 +136,17 @@ class Foreman:
         while True:
             time.sleep(self._floor_s / LOOKS)
             with self._lock:
-                stuck = {out.actor._actor_id: out.actor for out in self._out.values() if self._is_stuck(out)}
+                stuck = {out.actor._actor_id: out.actor for out in self._stuck()}
             for actor in stuck.values():
                 self.forget(actor)
                 ray.kill(actor, no_restart=False)
+
+    def _stuck(self) -> Iterator[Attempt]:
+        yield from (out for out in self._out.values() if self._is_stuck(out))
+        for sent in self._sent.values():
+            if time.monotonic() - sent.since > self._floor_s:
+                sent.since = math.inf  # once: it may be the driver that stands still
+                yield sent
 
     def _is_stuck(self, out: Attempt) -> bool:
         limit_s = max(self._floor_s, (PACE * self._pace_s or SLOWEST_S) * out.piece.num_rows)

@@ -124,8 +124,7 @@ def _run(
     in_all = allowed + Attempts(open_store(output)).left()
     arguments = (bundle, output, plan.hash, plan.image_roots)
     if scores_here(todo, options):
-        given = (*arguments, options), {"carry": carry}
-        with local_pool(todo, given, options, allowed) as pool, stoppable(pool.finish):
+        with local_pool(todo, arguments, options, carry, allowed) as pool, stoppable(pool.finish):
             yield from while_few_die(pool.receipts(), in_all)
     else:
         with closing(_on_ray(arguments, plan, todo, options, carry, allowed)) as receipts:

@@ -4,6 +4,7 @@ Reads slices -> gives receipts as they come. A process that dies is replaced, an
 that kills is named, as on a cluster.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import IO, Any
 
-from mmray.errors import EnvironmentFaultError, MmrayError, named
+from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError, named
 from mmray.machine import KEEP_MEMORY, given_address, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
+from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
 from mmray.score.spawn import spawn
 from mmray.slices import Slice
@@ -27,8 +30,8 @@ from mmray.stop import RESUMES
 
 MAX_ROWS = 100_000  # minutes of work, beside which it does not matter that a cluster starts
 MAX_STARTS = 3  # of processes that end before they could begin a slice
-POLL_S = 0.1
-ENVIRONMENT = {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
+POLL_S, LOOK_S = 0.1, 1.0
+ON_CPU = {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
 MODULE = "mmray.score.local_worker"
 
 
@@ -40,14 +43,51 @@ def scores_here(slices: Sequence[Slice], options: ScoreConfig) -> bool:
     return not (at_hand or options.needs_cluster) and sum(piece.num_rows for piece in slices) <= MAX_ROWS
 
 
+def places(options: ScoreConfig) -> list[dict[str, str]]:
+    """Returns the environment of each process that there is room for: with GPUs, as many as these allow.
+
+    Raises:
+        ConfigError: this machine has not the GPUs of one.
+    """
+    if not options.gpus_per_actor:
+        return [ON_CPU] * (options.num_actors or local_cpus())
+    gpus = _gpus()
+    fit = int(len(gpus) / options.gpus_per_actor)
+    if not fit:
+        raise ConfigError(
+            f"{options.gpus_per_actor:g} GPUs for each process were asked for, and this machine has {len(gpus)}"
+        )
+    count = min(options.num_actors or fit, fit)
+    return [{"CUDA_VISIBLE_DEVICES": gpus[int(k * options.gpus_per_actor)]} for k in range(count)]
+
+
+def _gpus() -> list[str]:
+    """Returns the name of each GPU that this process may use, as its children are told of it."""
+    import torch  # seconds, for the sake of which those without GPUs do not wait
+
+    count, told = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return told.split(",")[:count] if told else [str(k) for k in range(count)]
+
+
 @dataclass
 class _Process:
     """A process, and the slices that it is at."""
 
     process: subprocess.Popen[bytes]
     connection: Connection
+    place: dict[str, str]
     slices: dict[int, Slice] = field(default_factory=dict)
     is_ready: bool = False
+    stopped_since: float | None = None
+
+    def look(self, limit_s: float) -> None:
+        """Kills it where it has been stopped for so long: from outside, for what hangs within ends itself."""
+        if _is_stopped(self.process.pid):
+            self.stopped_since = self.stopped_since or time.monotonic()
+            if time.monotonic() - self.stopped_since > limit_s:
+                self.process.kill()
+        else:
+            self.stopped_since = None
 
     def give(self, piece: Slice) -> None:
         self.slices[piece.index] = piece
@@ -62,24 +102,36 @@ class LocalPool:
     """Processes of this machine at some slices."""
 
     def __init__(
-        self, slices: Sequence[Slice], arguments: tuple[Any, ...], options: ScoreConfig, max_deaths: int, log: Any
+        self,
+        slices: Sequence[Slice],
+        arguments: tuple[Any, ...],
+        options: ScoreConfig,
+        carry: Carry | None,
+        max_deaths: int,
+        log: Any,
     ) -> None:
         """Takes what there is to do.
 
         Args:
             slices: the work.
-            arguments: of a scorer, positional ones and others.
-            options: how many processes.
+            arguments: of a scorer, before its options.
+            options: how many processes, on what, and how long one may stand still; of a scorer too.
+            carry: of a scorer too.
             max_deaths: of processes at slices, which rows may explain.
             log: file for what they print.
         """
-        self._left, self._arguments, self._log = deque(slices), arguments, log
+        self._left, self._log = deque(slices), log
+        self._stuck_after_s = options.stuck_after_s
         self._stopping, self._idle = False, threading.Event()
         self._max_deaths, self._failed_starts, self._deaths = max_deaths, 0, 0
         self.failed = False
         """Whether a process died, or raised what is not an error of ours."""
         self._processes: dict[Connection, _Process] = {}
-        self._size = min(options.num_actors or local_cpus(), len(slices))
+        self._places = places(options)[: len(slices)]
+        if options.gpus_per_actor and not options.decode_threads:
+            threads = max(local_cpus() // len(self._places), 1)
+            options = options.model_copy(update={"decode_threads": threads})
+        self._arguments = (*arguments, options), {"carry": carry}
 
     def receipts(self) -> Iterator[Receipt]:
         """Yields the receipt of each slice as it is committed.
@@ -88,15 +140,17 @@ class LocalPool:
             MmrayError: what stopped a slice.
             EnvironmentFaultError: processes do not start, or too many die.
         """
-        for _ in range(self._size):
-            self._start()
+        for place in self._places:
+            self._start(place)
         for process in CALLS_PER_PROCESS * list(self._processes.values()):  # two each, if there are so many
             self._give(process)
         while any(process.slices for process in self._processes.values()):
-            for connection in wait(list(self._processes)):
+            for connection in wait(list(self._processes), LOOK_S):
                 receipt = self._hear(self._processes[connection])  # type: ignore[index]
                 if receipt is not None:
                     yield receipt
+            for process in self._processes.values():
+                process.look(self._stuck_after_s)
         while self._stopping:  # until the signal comes that says what that means
             self._idle.set()
             time.sleep(POLL_S)
@@ -114,8 +168,8 @@ class LocalPool:
             process.process.wait()
             process.connection.close()
 
-    def _start(self) -> _Process:
-        process = _Process(*spawn(MODULE, environment=ENVIRONMENT, output=self._log))
+    def _start(self, place: dict[str, str]) -> _Process:
+        process = _Process(*spawn(MODULE, environment=place, output=self._log), place)
         self._processes[process.connection] = process
         process.send(self._arguments)
         return process
@@ -155,9 +209,14 @@ class LocalPool:
                 f"{self._deaths} processes ended, the last {when} with exit code {code}; {RESUMES}"
             )
         if self._left:
-            process = self._start()
+            process = self._start(dead.place)
             for _ in range(CALLS_PER_PROCESS):
                 self._give(process)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process stands still as after SIGSTOP; see proc_pid_stat(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _raised(name: str, text: str) -> MmrayError:
@@ -167,7 +226,7 @@ def _raised(name: str, text: str) -> MmrayError:
 
 @contextmanager
 def local_pool(
-    slices: Sequence[Slice], arguments: tuple[Any, ...], options: ScoreConfig, max_deaths: int
+    slices: Sequence[Slice], arguments: tuple[Any, ...], options: ScoreConfig, carry: Carry | None, max_deaths: int
 ) -> Iterator[LocalPool]:
     """Yields a pool at work, as `LocalPool` is made, for the duration of a `with` block.
 
@@ -175,7 +234,7 @@ def local_pool(
         EnvironmentFaultError: of the block; names the file with what the processes printed, where one of them failed.
     """
     with tempfile.TemporaryFile() as log:
-        pool = LocalPool(slices, arguments, options, max_deaths, log)
+        pool = LocalPool(slices, arguments, options, carry, max_deaths, log)
         try:
             try:
                 yield pool

@@ -4,6 +4,7 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 """
 
 import logging
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,7 +126,7 @@ class SliceScorer:
 
 
 class WatchedScorer(SliceScorer):
-    """One whose process ends itself where a slice gets on no more; a process can have one."""
+    """One whose process ends itself where a slice gets on no more, or its GPU has failed; a process can have one."""
 
     def __init__(self, *arguments: Any, on_stage: OnStage = lambda stage, seconds: None, **more: Any) -> None:
         """Takes what `SliceScorer` does; the options come last of the positional arguments."""
@@ -136,6 +137,13 @@ class WatchedScorer(SliceScorer):
         """See `SliceScorer.score`."""
         with self._watchdog.watching():
             return super().score(piece, beside)
+
+    def _score_here(self, piece: Slice, rows: pa.Table) -> Scored:
+        try:
+            return super()._score_here(piece, rows)
+        except torch.AcceleratorError as error:  # a GPU that failed once answers this process no more
+            _log.critical("the process ends at slice %d: %s", piece.index, error)
+            os._exit(1)
 
     def _score_apart(self, piece: Slice, rows: pa.Table) -> Scored:
         with self._watchdog.paused():  # its child is watched by itself

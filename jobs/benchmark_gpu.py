@@ -1,0 +1,113 @@
+"""Measures scoring by a GPU: how busy it is, how much it could do, and what each step of a row takes of a CPU.
+
+Without Ray, by processes that share the GPU: each decodes for itself, so there are about as many of them as CPUs.
+"""
+
+import multiprocessing
+import re
+import statistics
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmark_data import make_bundle, make_table
+from benchmark_process import run_mmray
+
+NETWORKS = ("mobilenet_v3_small", "resnet50")
+IMAGES = 2000  # that differ
+BATCH, SECONDS = 256, 5.0
+PRECISION = "bf16"
+BUSY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
+
+
+def measure_gpu(folder: Path, rows: int, photos: Path | None) -> dict[str, Any]:
+    """Returns rates of `mmray score` on one GPU and its CPUs, and those of each alone."""
+    import torch
+
+    from mmray.machine import local_cpus
+
+    table, cpus = make_table(folder / "table", rows, photos, IMAGES), local_cpus()
+    figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cpus": cpus, "rows": rows}
+    for network in NETWORKS:
+        bundle = make_bundle(folder, network, name=network)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            alone = pool.apply(_alone, (str(bundle), str(table)))
+        run = _run(folder, bundle, table, processes=cpus)
+        figures[network] = {**alone, **run, "of_the_gpu_alone": round(run["rows_per_s"] / alone["gpu_rows_per_s"], 3)}
+    return figures
+
+
+def _run(folder: Path, bundle: Path, table: Path, processes: int) -> dict[str, Any]:
+    """Scores a table, and watches the GPU while slices are committed."""
+    output, samples = folder / f"out-{bundle.name}", list[tuple[float, int]]()
+    with subprocess.Popen(BUSY, stdout=subprocess.PIPE, text=True) as watch:
+        reader = threading.Thread(target=_read, args=(watch, samples))
+        reader.start()
+        options = ("--batch-size", BATCH, "--precision", PRECISION, "--slice-rows", 2 * BATCH)
+        shared = ("--local", "--gpus", 1 / processes, "--actors", processes)
+        run = run_mmray("score", bundle, table, output, *options, *shared)
+        watch.kill()
+        reader.join()
+    commits = sorted(file.stat().st_mtime for file in (output / "data").iterdir())
+    first, last = commits[processes], commits[-processes]  # not the beginning, not the end
+    busy = [percent for at, percent in samples if first < at < last]
+    steady = re.findall(r"steady ([\d,]+) rows/s", run["output"])[0]
+    return {
+        "rows_per_s": int(steady.replace(",", "")),
+        "gpu_busy_percent": round(statistics.mean(busy), 1),
+        "whole_process_s": run["seconds"],
+        "peak_rss_mb": run["peak_rss_mb"],
+    }
+
+
+def _read(watch: "subprocess.Popen[str]", samples: list[tuple[float, int]]) -> None:
+    assert watch.stdout is not None, "it is piped"
+    samples += ((time.time(), int(line)) for line in watch.stdout)
+
+
+def _alone(bundle: str, table: str) -> dict[str, Any]:
+    """Returns what one GPU does with rows that are ready, and what they take of one CPU core, step by step."""
+    from mmray.bundle import load_bundle
+    from mmray.options import ScoreConfig
+    from mmray.predictor import Predictor
+    from mmray.preprocess.text import encode
+    from mmray.slices import cut, open_table, read_slice
+    from mmray.source import ImageSource
+    from mmray.table import cells
+
+    loaded = load_bundle(bundle)
+    vocabulary = loaded.vocabulary
+    assert vocabulary is not None, "it reads texts"
+    source = ImageSource([table], loaded.config.image.max_bytes)
+    options = ScoreConfig(gpus_per_actor=1, batch_size=BATCH, precision=PRECISION, decode_threads=1)
+    predictor = Predictor.on_this_worker(loaded, source, options)
+    rows = read_slice(cut(open_table(table))[0]).slice(0, BATCH)
+    columns = {name: cells(rows[predictor.column(name)]) for name in predictor.modalities}
+    features = predictor.prepare(columns)
+    steps = {
+        "gpu": lambda: predictor.predict_features(features),
+        "prepare": lambda: predictor.prepare(columns),
+        "text": lambda: encode(columns["text"], vocabulary, loaded.config.text),
+        "read": lambda: [source.read(cell) for cell in columns["image"]],
+    }
+    took = {name: _seconds(step) / rows.num_rows for name, step in steps.items()}
+    decode = took["prepare"] - took["text"] - took["read"]
+    return {
+        "gpu_rows_per_s": round(1 / took["gpu"]),
+        "prepared_rows_per_s_of_a_core": round(1 / took["prepare"]),
+        "decode_share_of_a_core": round(decode / took["prepare"], 2),
+        "text_share_of_a_core": round(took["text"] / took["prepare"], 2),
+    }
+
+
+def _seconds(step: Any) -> float:
+    """Returns the seconds of one call, in the mean of many."""
+    for _ in range(3):
+        step()
+    calls, started = 0, time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        step()
+        calls += 1
+    return (time.perf_counter() - started) / calls
