@@ -7,7 +7,7 @@ length.
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,8 @@ from mmray.table import Fault, Reason, fault
 
 PADDING, UNKNOWN = 0, 1
 RESERVED_IDS = 2
-MAX_WORD_CHARS = 64  # of a word's n-grams: beyond it is no word but a URL, a key or noise
+MAX_REMEMBERED = 2**16  # words, whose tokens are known
+MAX_WORD_CHARS = 64  # of what is remembered, and of a word's n-grams: beyond it is no word but a URL, a key or noise
 
 # Scripts written without spaces between words: NLTK would make one token of a whole sentence. Each character is a
 # token, with the vowel signs and tone marks that belong to it.
@@ -33,6 +34,10 @@ _MARKS = (
     "\u102b-\u103e\u17b4-\u17d3\u3099\u309a\ufe00-\ufe0f"
 )
 _CHARACTER = re.compile(f"([{_UNSPACED}][{_MARKS}]*)")
+
+_CLOSERS = "])}>\"'\u00bb\u201d\u2019"  # NLTK splits a full stop before them off, at the end of a text
+_BETWEEN = "X"  # no word of a text in lower case
+_remembered: dict[str, Sequence[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,48 @@ def tokenize(text: str, config: TextConfig) -> list[str]:
     # Half a surrogate pair becomes a question mark, half a character at the cut is dropped.
     clean = text[: config.max_bytes].encode("utf-8", "replace")[: config.max_bytes].decode("utf-8", "ignore")
     words = _CHARACTER.sub(r" \1 ", clean.lower()).split()
-    # Each word gives one token at least. One word more than needed: NLTK treats the full stop at the end specially.
-    head = " ".join(words[: config.max_tokens + 1])
-    return nltk.tokenize.word_tokenize(head, preserve_line=True)[: config.max_tokens]  # type: ignore[no-any-return]
+    # Each word gives one token at least. One word more than needed: NLTK treats the end of a text specially.
+    words = words[: config.max_tokens + 1]
+    if words and words[0].startswith(('"', "''")):  # of quotes there NLTK makes what it makes of them nowhere else
+        return _split(" ".join(words))[: config.max_tokens]
+    end = _end(words)
+    known = _tokens_of(words[:end])
+    tokens = [token for word in words[:end] for token in known[word]]
+    return [*tokens, *_tokens_of_end(" ".join(words[end:]))][: config.max_tokens]
+
+
+def _end(words: Sequence[str]) -> int:
+    """Returns where the part of a text begins that NLTK treats as its end: a last word with signs, what closes it."""
+    end = len(words)
+    while end > 0 and not words[end - 1].strip(_CLOSERS):
+        end -= 1
+    return max(end - 1, 0) if end < len(words) or not words or not words[-1].isalnum() else end
+
+
+def _tokens_of(words: Iterable[str]) -> dict[str, Sequence[str]]:
+    """Returns the tokens of each word: what NLTK makes of one depends on no other, but for the end of a text.
+
+    Most words come again, and NLTK would take a third of the time that a row takes.
+    """
+    found = {word: _remembered.get(word, ()) for word in words}
+    new = [word for word, tokens in found.items() if not tokens]
+    if new:
+        tokens = iter(_split(f" {_BETWEEN} ".join(["", *new, ""]))[1:])
+        learned = {word: tuple(iter(tokens.__next__, _BETWEEN)) for word in new}
+        if len(_remembered) + len(learned) > MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered.update((word, its) for word, its in learned.items() if len(word) <= MAX_WORD_CHARS)
+        found |= learned
+    return found
+
+
+@lru_cache(maxsize=2**12)
+def _tokens_of_end(words: str) -> Sequence[str]:
+    return _split(f"{_BETWEEN} {words}")[1:]
+
+
+def _split(text: str) -> list[str]:
+    return nltk.tokenize.word_tokenize(text, preserve_line=True)  # type: ignore[no-any-return]
 
 
 def text_fault(text: str | None, tokens: Sequence[str]) -> Fault | None:
