@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import score_in_process
-from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
+from processes import ALONE, CODES, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import BundleError
@@ -82,12 +82,14 @@ def test_every_odd_image_gets_a_status_and_nothing_is_said_on_the_terminal(
     assert mmray("verify", tmp_path / "out", "--level", "2").returncode == 0
 
 
+# SIGTERM goes the way of Ctrl-C, and one step further; kill.py kills.
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], pytest.param(list(CODES), marks=pytest.mark.long)])
 def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
-    rows: Path, bundle: str, tmp_path: Path
+    rows: Path, bundle: str, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
     output = tmp_path / "out"
     command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--no-local"]
-    check_interruptions(output, command, 240)
+    check_interruptions(output, command, 240, signals)
 
 
 INTERRUPTED = """
@@ -125,7 +127,10 @@ def test_nothing_reads_on_when_an_interrupted_step_ends_its_cluster() -> None:
 
 @pytest.mark.parametrize(
     ("actors", "stuck_after"),
-    [pytest.param(2, 600, id="another does its slices"), pytest.param(1, 5, id="it is replaced")],
+    [
+        pytest.param(2, 600, id="another does its slices"),
+        pytest.param(1, 5, id="it is replaced", marks=pytest.mark.long),
+    ],
 )
 def test_a_process_that_is_stopped_as_a_whole_holds_nothing_up_and_changes_nothing_when_it_goes_on(
     rows: Path, bundle: str, tmp_path: Path, actors: int, stuck_after: int

@@ -72,10 +72,8 @@ def schedule(rows: Path, bundles: list[str], tmp_path: Path) -> Schedule:
     return Schedule(rows, tmp_path, bundles[0])
 
 
-@pytest.mark.ray
-def test_each_tick_scores_what_is_new_and_publishes_the_whole(
-    ray_cluster: None, schedule: Schedule, bundles: list[str]
-) -> None:
+@pytest.mark.slow
+def test_each_tick_scores_what_is_new_and_publishes_the_whole(schedule: Schedule, bundles: list[str]) -> None:
     first = schedule.tick()
     assert (first.outcome, first.new_rows) == ("published", 30)
     assert schedule.tick().outcome == "nothing new"
@@ -113,10 +111,8 @@ def test_each_tick_scores_what_is_new_and_publishes_the_whole(
     ]
 
 
-@pytest.mark.ray
-def test_what_is_not_fit_is_not_published_and_what_was_stays(
-    ray_cluster: None, schedule: Schedule, bundles: list[str]
-) -> None:
+@pytest.mark.slow
+def test_what_is_not_fit_is_not_published_and_what_was_stays(schedule: Schedule, bundles: list[str]) -> None:
     with pytest.raises(GateError, match="30 rows are fewer than --min-rows 31"):
         schedule.tick(QUICK.model_copy(update={"min_rows": 31}))
     with pytest.raises(TableError, match="nothing is published"):
