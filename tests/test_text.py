@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.config import TextConfig
-from mmray.preprocess.text import PADDING, UNKNOWN, Vocabulary, encode, tokenize
+from mmray.preprocess.text import _CHARACTER, PADDING, UNKNOWN, Vocabulary, encode, tokenize
 from mmray.table import Reason
 
 CONFIG = TextConfig()
@@ -26,6 +26,20 @@ NGRAMS = TextConfig(ngram_buckets=1000)
 def test_tokens_are_those_of_nltk_in_lower_case(text: str) -> None:
     expected = nltk.tokenize.word_tokenize(" ".join(text.lower().split()), preserve_line=True)
     assert tokenize(text, CONFIG) == expected
+
+
+SIGNS = "' '' \" `` . ... , : ; ( ) ] } > ! * - -- \u00bb \u201c \u201d \u2019 \u2014 # $ & / \\ 5"
+WORDS = "a x s n't 's 'll can cannot gimme more'n wanna 'tis d'ye don't e.g mr \u00e9 \u00df \u7ea2 \u0130 \u017f"
+ATOMS = [*SIGNS.split(), *WORDS.split(), "\x85", "\xa0", "\u2028", "\t", " ", " ", " "]
+
+
+# Words are split apart from one another: that gives what the whole text gives, wherever NLTK looks beyond a word.
+@given(st.lists(st.sampled_from(ATOMS), max_size=30).map("".join), st.sampled_from([3, 64]))
+@settings(deadline=None, max_examples=2000)
+def test_tokens_are_those_of_nltk_whatever_signs_stand_together(text: str, most: int) -> None:
+    words = _CHARACTER.sub(r" \1 ", text.lower()).split()
+    expected = nltk.tokenize.word_tokenize(" ".join(words[: most + 1]), preserve_line=True)[:most]
+    assert tokenize(text, TextConfig(max_tokens=most)) == expected
 
 
 def test_the_first_tokens_of_a_long_text_are_those_of_the_whole() -> None:
