@@ -23,8 +23,8 @@ class ScoreConfig(Section):
     """Add the probability of every label."""
     precision: Literal["auto", "bf16", "fp32"] = "fp32"
     """Number format of the forward pass; auto takes bf16 where the hardware has it and the golden rows agree."""
-    batch_size: int = Field(default=32, ge=1)
-    """Rows per forward pass; never changes a score by more than the stated tolerance."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows per forward pass, by default 32, on a GPU 256; never changes a score by more than the stated tolerance."""
     slice_rows: int | None = Field(default=None, ge=1)
     """Rows per slice, the unit of work and commit; by default a 64th of the table, within bounds."""
     num_actors: int | None = Field(default=None, ge=1)
@@ -69,6 +69,11 @@ class ScoreConfig(Section):
     def needs_cluster(self) -> bool:
         """Whether something is asked for that only Ray gives."""
         return bool(self.node_labels or self.min_actors or self.placement == "cluster")
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows of a forward pass: on a CPU what its cache holds, on a GPU what keeps it busy."""
+        return self.batch_size or (256 if self.gpus_per_actor else 32)
 
     def numeric_options(self) -> dict[str, Any]:
         """Returns the settings that change what is written: part of the plan's identity."""

@@ -148,7 +148,7 @@ class Predictor:
         # Batches are prepared while the model is at another: decoding releases the interpreter lock, a store's answers
         # take their time, and a GPU would wait for both.
         feed = self._feed or self._prepare_beside  # not kept: a reference to itself would keep it in memory
-        size, num_rows = self.options.batch_size, len(next(iter(columns.values())))
+        size, num_rows = self.options.rows_per_batch, len(next(iter(columns.values())))
         pending: deque[Future[Features]] = deque()
         for k in range(0, num_rows, size):
             pending.append(feed({name: column[k : k + size] for name, column in columns.items()}))

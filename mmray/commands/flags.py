@@ -30,7 +30,7 @@ def add_placement(parser: Any) -> None:
     parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
     parser.add_argument("--node-label", action="append", metavar="K=V", help="run on such nodes only; repeatable")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32; on a GPU 256)")
     parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
     parser.add_argument("--reads", type=int, metavar="N", help="images of a store read at a time (default: 64)")
 

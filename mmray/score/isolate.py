@@ -82,7 +82,7 @@ class Isolation:
         if not table.num_rows:
             return self._predictor.score(table)
         self._named, self._allowed = 0, max(MAX_NAMED, int(MAX_SHARE * table.num_rows))
-        size = self._predictor.options.batch_size
+        size = self._predictor.options.rows_per_batch
         names = self._predictor.modalities
         rows = pa.table({name: table[self._predictor.column(name)] for name in names})
         parts = [self._batch(rows.slice(k, size)) for k in range(0, rows.num_rows, size)]
