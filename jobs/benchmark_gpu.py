@@ -1,10 +1,9 @@
 """Measures scoring by a GPU: how busy it is, how much it could do, and what each step of a row takes of a CPU.
 
-Without Ray, by processes that share the GPU: each decodes for itself, so there are about as many of them as CPUs.
+Without Ray, by processes that share the GPU, each with its share of the CPUs: few, and one for each CPU.
 """
 
 import multiprocessing
-import re
 import statistics
 import subprocess
 import threading
@@ -15,9 +14,9 @@ from typing import Any
 from benchmark_data import make_bundle, make_table
 from benchmark_process import run_mmray
 
-NETWORKS = ("mobilenet_v3_small", "resnet50")
+NETWORKS = ("mobilenet_v3_small", "resnet50")  # which decoding limits, and which the GPU
 IMAGES = 2000  # that differ
-BATCH, SECONDS = 256, 5.0
+BATCH, SLICE_ROWS, SECONDS = 256, 512, 2.0
 PRECISION = "bf16"
 BUSY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
 
@@ -34,28 +33,27 @@ def measure_gpu(folder: Path, rows: int, photos: Path | None) -> dict[str, Any]:
         bundle = make_bundle(folder, network, name=network)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             alone = pool.apply(_alone, (str(bundle), str(table)))
-        run = _run(folder, bundle, table, processes=cpus)
-        figures[network] = {**alone, **run, "of_the_gpu_alone": round(run["rows_per_s"] / alone["gpu_rows_per_s"], 3)}
+        runs = {processes: _run(folder, bundle, table, processes) for processes in (cpus // 4, cpus)}
+        figures[network] = {**alone, "by_processes": runs}
     return figures
 
 
 def _run(folder: Path, bundle: Path, table: Path, processes: int) -> dict[str, Any]:
     """Scores a table, and watches the GPU while slices are committed."""
-    output, samples = folder / f"out-{bundle.name}", list[tuple[float, int]]()
+    output, samples = folder / f"out-{bundle.name}-{processes}", list[tuple[float, int]]()
     with subprocess.Popen(BUSY, stdout=subprocess.PIPE, text=True) as watch:
         reader = threading.Thread(target=_read, args=(watch, samples))
         reader.start()
-        options = ("--batch-size", BATCH, "--precision", PRECISION, "--slice-rows", 2 * BATCH)
+        options = ("--precision", PRECISION, "--slice-rows", SLICE_ROWS)
         shared = ("--local", "--gpus", 1 / processes, "--actors", processes)
         run = run_mmray("score", bundle, table, output, *options, *shared)
         watch.kill()
         reader.join()
     commits = sorted(file.stat().st_mtime for file in (output / "data").iterdir())
-    first, last = commits[processes], commits[-processes]  # not the beginning, not the end
-    busy = [percent for at, percent in samples if first < at < last]
-    steady = re.findall(r"steady ([\d,]+) rows/s", run["output"])[0]
+    steady = commits[len(commits) // 4 : -processes]  # not while processes start, nor while some have ended
+    busy = [percent for at, percent in samples if steady[0] < at < steady[-1]]
     return {
-        "rows_per_s": int(steady.replace(",", "")),
+        "rows_per_s": round((len(steady) - 1) * SLICE_ROWS / (steady[-1] - steady[0])),
         "gpu_busy_percent": round(statistics.mean(busy), 1),
         "whole_process_s": run["seconds"],
         "peak_rss_mb": run["peak_rss_mb"],
@@ -81,7 +79,7 @@ def _alone(bundle: str, table: str) -> dict[str, Any]:
     vocabulary = loaded.vocabulary
     assert vocabulary is not None, "it reads texts"
     source = ImageSource([table], loaded.config.image.max_bytes)
-    options = ScoreConfig(gpus_per_actor=1, batch_size=BATCH, precision=PRECISION, decode_threads=1)
+    options = ScoreConfig(gpus_per_actor=1, precision=PRECISION, decode_threads=1)
     predictor = Predictor.on_this_worker(loaded, source, options)
     rows = read_slice(cut(open_table(table))[0]).slice(0, BATCH)
     columns = {name: cells(rows[predictor.column(name)]) for name in predictor.modalities}

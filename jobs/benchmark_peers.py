@@ -145,7 +145,7 @@ def daft(bundle: str, table: str, output: str) -> None:
         def __init__(self) -> None:
             self.model = Model(bundle)
 
-        @_daft.method.batch(return_dtype=_daft.DataType.float32(), batch_size=BATCH)
+        @_daft.method.batch(return_dtype=_daft.DataType.float32(), batch_size=BATCH)  # type: ignore[untyped-decorator]
         def score(self, images: Any, texts: Any) -> Any:
             return self.model.predict([np.asarray(image) for image in images.to_pylist()], texts.to_pylist())
 
