@@ -47,8 +47,8 @@ def pictures(photos: Path | None) -> Iterator[cv2.typing.MatLike]:
             yield cv2.resize(image, (800, 600), interpolation=cv2.INTER_CUBIC)
 
 
-def make_bundle(folder: Path, network: str = "mobilenet_v3_small", name: str = "bundle") -> Path:
-    """Writes an untrained torchvision network + lstm with golden rows of the table beside it."""
+def make_bundle(folder: Path, network: str = "mobilenet_v3_small", table: Path | None = None) -> Path:
+    """Writes an untrained torchvision network + lstm with golden rows of a table, by default the one beside it."""
     import torch
 
     from mmray.bundle import Bundle, save_bundle
@@ -76,6 +76,6 @@ def make_bundle(folder: Path, network: str = "mobilenet_v3_small", name: str = "
     words = tuple(sorted(set(Path(__file__).read_text().lower().split())))
     weights = FusionModel(config, num_labels=2, words=words).state_dict()
     bundle = Bundle(config=config, labels=("no", "yes"), vocabulary=Vocabulary(words), weights=weights)
-    table = folder / "table"
-    save_bundle(golden_rows(bundle, open_table(str(table)), (str(table),)), str(folder / name))
-    return folder / name
+    table, path = table or folder / "table", folder / f"bundle-{network}"
+    save_bundle(golden_rows(bundle, open_table(str(table)), (str(table),)), str(path))
+    return path

@@ -13,10 +13,11 @@ from typing import Any
 
 from benchmark_data import make_bundle, make_table
 from benchmark_process import run_mmray
+from benchmark_steps import measure_steps
 
 NETWORKS = ("mobilenet_v3_small", "resnet50")  # which decoding limits, and which the GPU
 IMAGES = 2000  # that differ
-BATCH, SLICE_ROWS, SECONDS = 256, 512, 2.0
+SLICE_ROWS = 512
 PRECISION = "bf16"
 BUSY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200")
 
@@ -30,11 +31,11 @@ def measure_gpu(folder: Path, rows: int, photos: Path | None) -> dict[str, Any]:
     table, cpus = make_table(folder / "table", rows, photos, IMAGES), local_cpus()
     figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cpus": cpus, "rows": rows}
     for network in NETWORKS:
-        bundle = make_bundle(folder, network, name=network)
+        bundle = make_bundle(folder, network)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            alone = pool.apply(_alone, (str(bundle), str(table)))
+            steps = pool.apply(measure_steps, (str(bundle), str(table), PRECISION, True))
         runs = {processes: _run(folder, bundle, table, processes) for processes in (cpus // 4, cpus)}
-        figures[network] = {**alone, "by_processes": runs}
+        figures[network] = {"ms_per_row": steps, "by_processes": runs}
     return figures
 
 
@@ -63,49 +64,3 @@ def _run(folder: Path, bundle: Path, table: Path, processes: int) -> dict[str, A
 def _read(watch: "subprocess.Popen[str]", samples: list[tuple[float, int]]) -> None:
     assert watch.stdout is not None, "it is piped"
     samples += ((time.time(), int(line)) for line in watch.stdout)
-
-
-def _alone(bundle: str, table: str) -> dict[str, Any]:
-    """Returns what one GPU does with rows that are ready, and what they take of one CPU core, step by step."""
-    from mmray.bundle import load_bundle
-    from mmray.options import ScoreConfig
-    from mmray.predictor import Predictor
-    from mmray.preprocess.text import encode
-    from mmray.slices import cut, open_table, read_slice
-    from mmray.source import ImageSource
-    from mmray.table import cells
-
-    loaded = load_bundle(bundle)
-    vocabulary = loaded.vocabulary
-    assert vocabulary is not None, "it reads texts"
-    source = ImageSource([table], loaded.config.image.max_bytes)
-    options = ScoreConfig(gpus_per_actor=1, precision=PRECISION, decode_threads=1)
-    predictor = Predictor.on_this_worker(loaded, source, options)
-    rows = read_slice(cut(open_table(table))[0]).slice(0, BATCH)
-    columns = {name: cells(rows[predictor.column(name)]) for name in predictor.modalities}
-    features = predictor.prepare(columns)
-    steps = {
-        "gpu": lambda: predictor.predict_features(features),
-        "prepare": lambda: predictor.prepare(columns),
-        "text": lambda: encode(columns["text"], vocabulary, loaded.config.text),
-        "read": lambda: [source.read(cell) for cell in columns["image"]],
-    }
-    took = {name: _seconds(step) / rows.num_rows for name, step in steps.items()}
-    decode = took["prepare"] - took["text"] - took["read"]
-    return {
-        "gpu_rows_per_s": round(1 / took["gpu"]),
-        "prepared_rows_per_s_of_a_core": round(1 / took["prepare"]),
-        "decode_share_of_a_core": round(decode / took["prepare"], 2),
-        "text_share_of_a_core": round(took["text"] / took["prepare"], 2),
-    }
-
-
-def _seconds(step: Any) -> float:
-    """Returns the seconds of one call, in the mean of many."""
-    for _ in range(3):
-        step()
-    calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        step()
-        calls += 1
-    return (time.perf_counter() - started) / calls

@@ -9,6 +9,7 @@ All of them run the model as it was trained, in fp32, and decode, tokenise and r
 
 import importlib.util
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -16,8 +17,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from benchmark_process import run_mmray
+
 SIZE, BATCH = 224, 64
 PEERS = ("loop", "loader", "ray", "daft", "spark")
+
+
+def measure_peers(folder: Path, table: Path, bundle: Path, repeats: int, precision: str) -> dict[str, Any]:
+    """Returns seconds of `mmray score` and of each peer, from start to end and in turns; and how far scores differ."""
+    seconds: dict[str, list[float]] = {name: [] for name in ("mmray", *available())}
+    for k in range(repeats):
+        for name, its in seconds.items():
+            output = folder / f"{name}-{k}"
+            if name == "mmray":
+                its.append(run_mmray("score", bundle, table, output, "--precision", precision)["seconds"])
+            else:
+                its.append(run_peer(name, bundle, table, output))
+    medians = {name: round(statistics.median(its), 1) for name, its in seconds.items()}
+    ours, rows = medians.pop("mmray"), len(_frame(str(table)))
+    difference = np.abs(_scores(folder / "mmray-0" / "data") - _scores(folder / "loader-0")).max()
+    return {
+        "rows": rows,
+        "precision": precision,
+        "mmray_s": ours,
+        "mmray_rows_per_s": round(rows / ours),
+        "peer_s": medians,
+        "peer_to_mmray": {name: round(its / ours, 2) for name, its in medians.items()},
+        "largest_difference_of_a_score": round(float(difference), 5),
+    }
+
+
+def _scores(output: Path) -> Any:
+    files = sorted(output.glob("*.parquet")) if output.is_dir() else [output]
+    frame = pd.concat(map(pd.read_parquet, files))
+    return frame.sort_values("id").score.to_numpy()
 
 
 def available() -> list[str]:
@@ -38,7 +73,6 @@ def run_peer(name: str, bundle: Path, table: Path, output: Path) -> float:
 def load(path: str) -> Any:
     """Returns the pixels of an image, uint8 [S, S, 3]."""
     import cv2
-    import numpy as np
 
     pixels: Any = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
     return cv2.resize(pixels, (SIZE, SIZE))
@@ -62,7 +96,6 @@ class Model:
     def predict(self, images: Sequence[Any], texts: Sequence[str]) -> Any:
         """Returns the score of each row, float32 [B]."""
         import nltk.tokenize
-        import numpy as np
         import torch
 
         words = [nltk.tokenize.word_tokenize(text.lower(), preserve_line=True)[: self._max_tokens] for text in texts]
@@ -138,7 +171,6 @@ def daft(bundle: str, table: str, output: str) -> None:
     """Scores by Daft, with two processes for the model."""
     import daft as _daft
     import daft.functions as functions
-    import numpy as np
 
     @_daft.cls(max_concurrency=2, use_process=True)
     class Predict:
@@ -176,8 +208,6 @@ def spark(bundle: str, table: str, output: str) -> None:
 
 
 def _frame(table: str) -> Any:
-    import pandas as pd
-
     frame = pd.concat(map(pd.read_parquet, sorted(Path(table).glob("*.parquet"))), ignore_index=True)
     return frame.assign(image_path=[f"{table}/{path}" for path in frame.image_path])
 

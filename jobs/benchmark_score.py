@@ -1,6 +1,7 @@
 """Measures `mmray score`, with Ray and without, beside a bare loop over its predictor; and what containment costs."""
 
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -8,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_process import run_mmray
+from benchmark_steps import measure_start, measure_steps
+
+from mmray.machine import KEEP_MEMORY
 
 
-def measure_scoring(folder: Path, table: Path, bundle: Path, repeats: int, processes: int) -> dict[str, Any]:
+def measure_scoring(
+    folder: Path, table: Path, bundle: Path, repeats: int, processes: int, precision: str
+) -> dict[str, Any]:
     """Returns rates of `mmray score`, on Ray and without, and of a bare loop over its predictor, taken in turns."""
-    figures: dict[str, Any] = {"processes": processes}
+    os.environ |= {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"}  # of the bare loop, as scoring processes have it
     bare, runs = [], {"--no-local": list[dict[str, Any]](), "--local": list[dict[str, Any]]()}
     for k in range(repeats):
-        bare.append(bare_loop(bundle, table, processes))
+        bare.append(bare_loop(bundle, table, processes, precision))
         for flag, its in runs.items():
-            its.append(run_mmray("score", bundle, table, folder / f"out{flag}-{k}", "--actors", processes, flag))
+            options = ("--actors", processes, "--precision", precision, flag)
+            its.append(run_mmray("score", bundle, table, folder / f"out{flag}-{k}", *options))
             steady = re.findall(r"steady ([\d,]+) rows/s", its[-1]["output"])[0]
             its[-1]["steady"] = float(steady.replace(",", ""))
-    figures["bare_loop_rows_per_s"] = spread(bare)
+    figures: dict[str, Any] = {"processes": processes, "precision": precision, "bare_loop_rows_per_s": spread(bare)}
     for flag, its in runs.items():
         ratios = [run["steady"] / rate for run, rate in zip(its, bare, strict=True)]
         figures["on_ray" if flag == "--no-local" else "without_ray"] = {
@@ -29,9 +36,13 @@ def measure_scoring(folder: Path, table: Path, bundle: Path, repeats: int, proce
             "steady_to_bare": round(statistics.median(ratios), 3),
             "peak_rss_mb": its[-1]["peak_rss_mb"],
         }
-    figures["contained_to_bare_s"] = round(contained_to_bare(bundle, table, folder), 3)
-    figures["again_s"] = run_mmray("score", bundle, table, folder / "out--local-0")["seconds"]
-    return figures
+    again = ("score", bundle, table, folder / "out--local-0", "--precision", precision)
+    figures["again_s"] = run_mmray(*again)["seconds"]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        figures["start_s"] = pool.apply(measure_start, (bundle,))
+        figures["ms_per_row"] = pool.apply(measure_steps, (str(bundle), str(table), precision))
+        contained = pool.apply(contained_to_bare, (str(bundle), str(table), str(folder)))
+    return {**figures, "contained_to_bare_s": round(contained, 3)}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -40,13 +51,8 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 1) for name, value in named.items()}
 
 
-def contained_to_bare(bundle: Path, table: Path, folder: Path) -> float:
+def contained_to_bare(bundle: str, table: str, folder: str) -> float:
     """Returns the seconds of slices scored as in a run, to those of the same without attempts and a watchdog."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_contained_to_bare, (str(bundle), str(table), str(folder)))
-
-
-def _contained_to_bare(bundle: str, table: str, folder: str) -> float:
     from contextlib import nullcontext
 
     from mmray.options import ScoreConfig
@@ -67,12 +73,12 @@ def _contained_to_bare(bundle: str, table: str, folder: str) -> float:
     return seconds[0] / seconds[1]
 
 
-def bare_loop(bundle: Path, table: Path, processes: int) -> float:
+def bare_loop(bundle: Path, table: Path, processes: int, precision: str) -> float:
     """Returns rows/s of processes that score the same slices with the same predictor: no Ray, nothing written."""
     context = multiprocessing.get_context("spawn")
     barrier, done = context.Barrier(processes + 1), context.Queue()
     workers = [
-        context.Process(target=_score_share, args=(str(bundle), str(table), k, processes, barrier, done))
+        context.Process(target=_score_share, args=(str(bundle), str(table), precision, k, processes, barrier, done))
         for k in range(processes)
     ]
     for worker in workers:
@@ -86,7 +92,7 @@ def bare_loop(bundle: Path, table: Path, processes: int) -> float:
     return float(rows / seconds)
 
 
-def _score_share(bundle: str, table: str, first: int, step: int, barrier: Any, done: Any) -> None:
+def _score_share(bundle: str, table: str, precision: Any, first: int, step: int, barrier: Any, done: Any) -> None:
     from mmray.bundle import load_bundle
     from mmray.options import ScoreConfig
     from mmray.predictor import Predictor
@@ -95,6 +101,6 @@ def _score_share(bundle: str, table: str, first: int, step: int, barrier: Any, d
 
     loaded = load_bundle(bundle)
     source = ImageSource([table], loaded.config.image.max_bytes)
-    predictor = Predictor.on_this_worker(loaded, source, ScoreConfig())
+    predictor = Predictor.on_this_worker(loaded, source, ScoreConfig(precision=precision))
     barrier.wait()
     done.put(sum(predictor.score(read_slice(piece)).num_rows for piece in cut(open_table(table))[first::step]))

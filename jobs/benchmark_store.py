@@ -97,11 +97,12 @@ def _tag(data: bytes) -> str:
     return f'"{hashlib.blake2b(data[:64] + data[-64:] + len(data).to_bytes(8, "big"), digest_size=8).hexdigest()}"'
 
 
-def measure_store(folder: Path, repeats: int, processes: int) -> dict[str, Any]:
+def measure_store(folder: Path, bundle: Path, repeats: int, processes: int) -> dict[str, Any]:
     """Returns rates of `mmray score` with everything in a store, at no latency and at `DELAY_S`, taken in turns.
 
     Args:
-        folder: holds `table` and `bundle`.
+        folder: holds `table` and the bundle.
+        bundle: scores.
         repeats: runs of each.
         processes: that score.
     """
@@ -110,8 +111,8 @@ def measure_store(folder: Path, repeats: int, processes: int) -> dict[str, Any]:
         for delay_s, found in rates.items():
             with running(folder, delay_s) as environment:
                 os.environ.update(environment)
-                command = ("score", "s3://b/bundle", "s3://b/table", "s3://b/out", "--actors", processes, "--no-local")
-                run = run_mmray(*command)
+                where = (f"s3://b/{bundle.name}", "s3://b/table", "s3://b/out")
+                run = run_mmray("score", *where, "--actors", processes, "--no-local")
             found.append(float(re.findall(r"steady ([\d,]+) rows/s", run["output"])[0].replace(",", "")))
     ratios = [slow / quick for quick, slow in zip(*rates.values(), strict=True)]
     steady = {f"{1000 * delay_s:.0f} ms": [round(rate) for rate in found] for delay_s, found in rates.items()}
@@ -144,6 +145,6 @@ def running(folder: Path, delay_s: float) -> Iterator[dict[str, str]]:
 
 
 def _serve(folder: Path, delay_s: float, port: int) -> None:
-    files = (path for name in ("table", "bundle") for path in (folder / name).rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file())
     objects = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     asyncio.run(SlowStore(objects, delay_s).serve(port))
