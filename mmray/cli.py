@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mmray import __version__
-from mmray.commands import inspect, schedule, score, serve, submit, train
+from mmray.commands import inspect, plan, schedule, score, serve, submit, train
 from mmray.errors import MmrayError
 from mmray.stop import terminate
 
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mmray {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, inspect, score, schedule, serve, submit):
+    for group in (train, inspect, plan, score, schedule, serve, submit):
         group.register(commands)
     return parser
 

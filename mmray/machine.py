@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
+MEMORY = "/sys/fs/cgroup/memory"  # .max and .current: bytes, or "max"
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and that
 clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
@@ -22,3 +23,14 @@ def local_cpus() -> int:
         return max(min(bound, int(quota) // int(period)), 1)
     except (OSError, ValueError):  # no cgroup, or no quota in it
         return bound
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that processes may still take: the machine's, or the rest of a container's."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    try:
+        limit, used = (int(Path(f"{MEMORY}.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroup, or no limit in it
+        return free
+    return max(min(free, limit - used), 0)

@@ -13,12 +13,13 @@ import numpy as np
 from mmray import __version__
 from mmray.curves import against_the_rest, precision_recall, reliability, roc, scatter
 from mmray.evaluate import FUSED, LATE, USED, Evaluation
+from mmray.histogram import HISTOGRAM_BINS
 from mmray.metrics import CALIBRATION_BINS, PRIMARY, confusion_matrix, per_label
 from mmray.report.render import metric_title
 from mmray.report.sections import Epoch, Headline, Histogram, Provenance, ReasonCount, Report, Scoring, histogram
 from mmray.report.sections import Evaluation as Section
 from mmray.score.job import ScoreResult
-from mmray.score.ledger import HISTOGRAM_BINS, Ledger
+from mmray.score.ledger import Ledger
 from mmray.score.verify import VerifyReport
 from mmray.table import Reason
 

@@ -16,11 +16,12 @@ import pytest
 from models import colour_table, saved_bundle
 
 from mmray.errors import ErrorBudgetError, GateError, TableError
+from mmray.histogram import stability_index
 from mmray.options import ScoreConfig
 from mmray.schedule.lease import lease
 from mmray.schedule.published import read_published
 from mmray.schedule.settings import ScheduleConfig
-from mmray.schedule.tick import TickResult, stability_index, tick
+from mmray.schedule.tick import TickResult, tick
 from mmray.score.verify import verify_output
 from mmray.store import open_store
 

@@ -74,6 +74,8 @@ def test_a_table_that_does_not_fit_in_memory_is_streamed_and_what_it_teaches_sco
     assert loaded.golden is not None
     assert loaded.golden.num_rows == 10
     assert loaded.metrics["train_rows"] + loaded.metrics["validation_rows"] == 240
+    assert loaded.metrics["inputs"]["rows"] == 240
+    assert loaded.metrics["inputs"]["absent"] == {"image": 0, "text": 0}
     assert loaded.metrics["unlabelled_rows"] == loaded.metrics["unlabelled_validation_rows"] == 0
     assert_it_scores(result.bundle, rows, tmp_path)
 

@@ -6,12 +6,12 @@ folder of the next number. A tick that was killed is continued by the next one; 
 """
 
 import datetime
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmray.errors import EnvironmentFaultError, GateError
+from mmray.histogram import stability_index
 from mmray.options import ScoreConfig
 from mmray.schedule.lease import lease
 from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
@@ -178,16 +178,3 @@ def _gates(before: Published | None, after: Published, scored: list[Part], rules
             f"the new scores drift from those published: {drift:.3f} > --max-drift {rules.max_drift:g}; look at them "
             f"in {scored[0].run}, then give a larger --max-drift to publish them"
         )
-
-
-def stability_index(expected: tuple[int, ...], found: tuple[int, ...]) -> float:
-    """Returns the population stability index of two histograms: 0 alike, above 0.25 commonly called another population.
-
-    Source: Siddiqi 2006, Credit Risk Scorecards; each bin counts one more, so that empty ones are no infinity.
-    """
-    return math.fsum((q - p) * math.log(q / p) for p, q in zip(_shares(expected), _shares(found), strict=True))
-
-
-def _shares(histogram: tuple[int, ...]) -> list[float]:
-    total = sum(histogram) + len(histogram)
-    return [(count + 1) / total for count in histogram]

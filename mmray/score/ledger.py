@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-HISTOGRAM_BINS = 20
+from mmray.histogram import HISTOGRAM_BINS, histogram_of
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,12 @@ class Ledger:
         """Counts a scored table, `carried` rows of which were not scored now."""
         statuses = table["status"].to_pylist()
         reasons = table["reason"].to_pylist()
-        scores = table["score"].drop_null().to_numpy()
-        counts, _ = np.histogram(np.clip(scores, *score_range), bins=HISTOGRAM_BINS, range=score_range)
         return cls(
             rows=table.num_rows,
             statuses=dict(Counter(statuses)),
             reasons=dict(Counter(f"{s}/{r}" for s, r in zip(statuses, reasons, strict=True) if r)),
             modalities=dict(Counter(table["modalities_used"].to_pylist())),
-            histogram=tuple(int(count) for count in counts),
+            histogram=histogram_of(table["score"].drop_null().to_numpy(), score_range),
             carried=carried,
         )
 

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -28,6 +28,7 @@ from mmray.labels import labels_of
 from mmray.machine import given_address, local_cpus
 from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
+from mmray.profile import profile_of
 from mmray.store import open_store
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint
 from mmray.train.data import (
@@ -262,4 +263,7 @@ def _make_bundle(
         },
         score_range=(counts.target_mean - spread, counts.target_mean + spread) if regression else (0.0, 1.0),
     )
-    return golden_rows(bundle, tables.train, tables.train.image_roots(config.table.image_roots))
+    roots = tables.train.image_roots(config.table.image_roots)
+    inputs = profile_of(bundle, tables.train, roots).to_dict()
+    bundle = replace(bundle, metrics={**bundle.metrics, "inputs": inputs})
+    return golden_rows(bundle, tables.train, roots)
