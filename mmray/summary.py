@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 
 from mmray import __version__
+from mmray.bundle_info import BundleInfo, read_info
 from mmray.curves import against_the_rest, precision_recall, reliability, roc, scatter
+from mmray.errors import BundleError, TableError
 from mmray.evaluate import FUSED, LATE, USED, Evaluation
-from mmray.histogram import HISTOGRAM_BINS
+from mmray.histogram import HISTOGRAM_BINS, stability_index
 from mmray.metrics import CALIBRATION_BINS, PRIMARY, confusion_matrix, per_label
+from mmray.profile import Profile
 from mmray.report.render import metric_title
 from mmray.report.sections import Epoch, Headline, Histogram, Provenance, ReasonCount, Report, Scoring, histogram
 from mmray.report.sections import Evaluation as Section
-from mmray.score.job import ScoreResult
+from mmray.score.commit import Output
 from mmray.score.ledger import Ledger
-from mmray.score.verify import VerifyReport
+from mmray.score.problems import problems
+from mmray.score.verify import VerifyReport, verify_output
 from mmray.table import Reason
 
 TRAINED_ON = ("train_rows", "unlabelled_rows", "validation_rows", "unlabelled_validation_rows")
+MAX_EXAMPLES = 3  # of each reason
 MAX_CONFUSED = 60  # labels: a larger matrix cannot be read
 
 
@@ -82,7 +87,7 @@ def evaluation_report(evaluation: Evaluation, bundle: str) -> Report:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": evaluation_tiles(evaluation),
         "evaluation": _evaluation_section(evaluation, task),
-        "provenance": provenance(evaluation, bundle),
+        "provenance": provenance(evaluation.info, bundle),
     }
 
 
@@ -154,9 +159,80 @@ def evaluation_tiles(evaluation: Evaluation) -> list[Headline]:
     ]
 
 
-def scoring_section(result: ScoreResult, score_range: tuple[float, float], verified: VerifyReport) -> Scoring:
+def scoring_report(output: str, bundle: str | None = None, before: str | None = None) -> Report:
+    """Returns the report page of a run that is complete.
+
+    Args:
+        output: scored folder.
+        bundle: where the bundle is now; by default where the run had it.
+        before: scored folder to compare with.
+
+    Raises:
+        TableError: one of the outputs is not complete.
+        BundleError: there is no bundle, or it is another.
+    """
+    success, owner = _completed(output)
+    uri = bundle or owner["bundle"]
+    info, ledger = read_info(uri), Ledger.from_dict(success["ledger"])
+    if info.fingerprint != success["fingerprint"]:
+        raise BundleError(f"the bundle at {uri} is not the one that scored this; give that one with --bundle")
+    others = {"in training": Profile.from_dict(info.metrics["inputs"]).histogram} if "inputs" in info.metrics else {}
+    if before is not None:
+        others["before"] = Ledger.from_dict(_completed(before)[0]["ledger"]).histogram
+    tiles: list[Headline] = [
+        {"label": "rows scored", "value": ledger.count("ok") + ledger.count("degraded")},
+        {"label": "rows without a score", "value": ledger.count("failed")},
+    ]
+    tiles += [
+        {"label": f"stability index, scores {when}", "value": f"{stability_index(other, ledger.histogram):.3f}"}
+        for when, other in others.items()
+    ]
+    return {
+        "title": f"Scores of a {info.config.task.kind} model",
+        "subtitle": f"{ledger.rows:,} rows of {owner['table']}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "summary": tiles,
+        "scoring": scoring_section(
+            ledger, success["slices"], info.score_range, verify_output(output), examples=_examples(output, ledger)
+        ),
+        "provenance": provenance(info, uri),
+    }
+
+
+def _completed(output: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what `_SUCCESS` and `run.json` say."""
+    target = Output(output)
+    success, owner = target.success(), target.owner()
+    if success is None or owner is None:
+        raise TableError(f"{output!r} holds no complete run; finish it with the same `mmray score`")
+    return success, owner
+
+
+def _examples(output: str, ledger: Ledger) -> dict[str, list[str]]:
+    """Returns `status/REASON` -> the first such rows: FILE:ROW, and what was wrong with them."""
+    found: dict[str, list[str]] = {reason: [] for reason in ledger.reasons}
+    wanted = sum(min(count, MAX_EXAMPLES) for count in ledger.reasons.values())
+    for problem in problems(output) if wanted else ():
+        examples = found[f"{problem.status}/{problem.reason}"]
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(f"{problem.key}:{problem.row}  {problem.detail}")
+            wanted -= 1
+        if not wanted:
+            break
+    return found
+
+
+def scoring_section(
+    ledger: Ledger,
+    num_slices: int,
+    score_range: tuple[float, float],
+    verified: VerifyReport,
+    *,
+    seconds: float | None = None,
+    rows_per_s: float | None = None,
+    examples: Mapping[str, list[str]] | None = None,
+) -> Scoring:
     """Returns the report's account of a scored and verified table."""
-    ledger = result.ledger
     edges = np.linspace(*score_range, HISTOGRAM_BINS + 1).tolist()
     scores: Histogram = {"edges": edges, "counts": list(ledger.histogram), "outside": 0}
     section: Scoring = {
@@ -166,9 +242,8 @@ def scoring_section(result: ScoreResult, score_range: tuple[float, float], verif
             "degraded": ledger.count("degraded"),
             "failed": ledger.count("failed"),
         },
-        "reasons": _reasons(ledger),
-        "slices": result.num_slices,
-        "seconds": result.seconds,
+        "reasons": _reasons(ledger, examples or {}),
+        "slices": num_slices,
         "scores": scores,
         "modalities": ledger.modalities,
         "verify": {
@@ -180,20 +255,22 @@ def scoring_section(result: ScoreResult, score_range: tuple[float, float], verif
             ],
         },
     }
-    if result.steady_rows_per_s:
-        section["rows_per_second"] = result.steady_rows_per_s
+    if seconds is not None:
+        section["seconds"] = seconds
+    if rows_per_s is not None:
+        section["rows_per_second"] = rows_per_s
     return section
 
 
-def provenance(evaluation: Evaluation, bundle: str) -> Provenance:
+def provenance(info: BundleInfo, bundle: str) -> Provenance:
     """Returns what it takes to get the same numbers again."""
     return {
-        "fingerprint": evaluation.info.fingerprint,
+        "fingerprint": info.fingerprint,
         "bundle": bundle,
         "command": " ".join(sys.argv),
         "versions": {"mmray": __version__, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "cpus": os.cpu_count() or 0},
-        "config": evaluation.info.config.model_dump(mode="json"),
+        "config": info.config.model_dump(mode="json"),
     }
 
 
@@ -209,9 +286,10 @@ def _epoch(entry: Mapping[str, Any], task: str) -> Epoch:
     return epoch
 
 
-def _reasons(ledger: Ledger) -> list[ReasonCount]:
+def _reasons(ledger: Ledger, examples: Mapping[str, list[str]]) -> list[ReasonCount]:
     counts: list[ReasonCount] = []
     for key, count in ledger.reasons_by_count():
         status, reason = key.split("/")
-        counts.append({"status": status, "reason": reason, "count": count, "meaning": Reason[reason].meaning})
+        about: ReasonCount = {"status": status, "reason": reason, "count": count, "meaning": Reason[reason].meaning}
+        counts.append({**about, "examples": examples[key]} if key in examples else about)
     return counts

@@ -50,6 +50,31 @@ def test_a_bundle_says_what_it_is(bundle: str, capsys: pytest.CaptureFixture[str
     assert "no bundle at" in fails(capsys, ["inspect", "nowhere"])
 
 
+def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(rows / "part-0.parquet")
+    paths = ["secret/place.jpg", *table["image_path"].to_pylist()[1:]]
+    pq.write_table(table.set_column(1, "image_path", pa.array(paths)), tmp_path / "rows.parquet")
+    options, output = ScoreConfig(image_roots=(str(rows),)), tmp_path / "out"
+    score_in_process(bundle, str(tmp_path / "rows.parquet"), str(output), options, stop_after=0)
+    assert "holds no complete run" in fails(capsys, ["report", str(output)])
+    score_in_process(bundle, str(tmp_path / "rows.parquet"), str(output), options)
+    assert main(["report", str(output), "--before", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}/report.html\n"
+    report, page = json.loads((output / "report.json").read_text()), (output / "report.html").read_text()
+    assert report["scoring"]["ledger"] == {"rows": 20, "ok": 19, "degraded": 1, "failed": 0}
+    assert report["scoring"]["verify"]["passed"]
+    (missing,) = report["scoring"]["reasons"]
+    assert re.fullmatch(r"data/part-0+-\w+\.parquet:0  image: MISSING: .*", missing["examples"][0])
+    assert missing["examples"][0] in page
+    assert "stability index, scores before" in page
+    assert "secret" not in page + (output / "report.json").read_text()
+    assert main(["verify", str(output), "--level", "2"]) == 0, "the page is no part of the run"
+    capsys.readouterr()
+    assert "name one with --to" in fails(capsys, ["report", "s3://bucket/out"])
+
+
 def test_a_row_is_explained_stage_by_stage(
     rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

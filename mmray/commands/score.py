@@ -1,4 +1,4 @@
-"""`mmray score`, `verify`, `errors` and `parity`: a scored table, and whether it is right."""
+"""`mmray score`, `verify`, `errors`, `report` and `parity`: a scored table, and whether it is right."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ def register(commands: Any) -> None:
     _add_score(commands)
     _add_verify(commands)
     _add_errors(commands)
+    _add_report(commands)
     _add_parity(commands)
 
 
@@ -102,6 +103,32 @@ def _errors(args: argparse.Namespace) -> None:
         print(f"{count:>12,}  {name}")
     if not counts:
         print("every row is ok" if args.reason is None else f"no row has the reason {args.reason}")
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a page about a finished run, to look at and to send on",
+        description="Write report.html and report.json about a finished run: every row accounted for, reasons with "
+        "examples, scores beside those of the rows trained on or of another run, what was verified (level 1).",
+    )
+    report.add_argument("output", metavar="OUTPUT")
+    report.add_argument("--to", metavar="DIR", help="folder for the page (default: OUTPUT)")
+    report.add_argument("--before", metavar="OUTPUT", help="another run of the same model, to compare scores with")
+    report.add_argument("--bundle", metavar="BUNDLE", help="where the bundle is now (default: where the run had it)")
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from mmray.errors import ConfigError
+    from mmray.report import write_report
+    from mmray.summary import scoring_report
+
+    folder = args.to or args.output
+    if "://" in folder:
+        raise ConfigError(f"the page is written to a local folder, and {folder!r} is none; name one with --to")
+    write_report(folder, scoring_report(args.output, args.bundle, args.before))
+    print(os.path.join(folder, "report.html"))
 
 
 def _add_parity(commands: Any) -> None:

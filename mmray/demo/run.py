@@ -151,7 +151,14 @@ def _report(
         {"label": "whole demo", "value": f"{sum(seconds.values()):.0f} s"},
     ]
     report["summary"] = [*report["summary"], *tiles]
-    report["scoring"] = scoring_section(scored, evaluation.info.score_range, verified)
+    report["scoring"] = scoring_section(
+        scored.ledger,
+        scored.num_slices,
+        evaluation.info.score_range,
+        verified,
+        seconds=scored.seconds,
+        rows_per_s=scored.steady_rows_per_s,
+    )
     return report
 
 

@@ -121,6 +121,8 @@ class ReasonCount(TypedDict):
     reason: str
     count: int
     meaning: str
+    examples: NotRequired[list[str]]
+    """Some of these rows, and what was wrong with them."""
 
 
 class Check(TypedDict):
