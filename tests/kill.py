@@ -162,20 +162,30 @@ class Nodes:
         return found
 
 
-class Loop:
-    """Runs over one table, and what they should give."""
+class Work:
+    """A table, a model, and what it gives undisturbed."""
 
-    def __init__(self, folder: Path, root: str, rows: int, nodes: Any) -> None:
-        """Takes a folder of its own, the folder or bucket of the outputs, and where the runs are."""
-        self._root, self._rows, self._num_slices = root, rows, rows // SLICE_ROWS
-        table = write_table(folder / "rows", rows)
-        bundle = saved_bundle(folder / "bundle", colour_table(folder / "clean", rows=12))
-        score_in_process(bundle, str(table), str(folder / "undisturbed"), ScoreConfig(slice_rows=SLICE_ROWS))
-        self._expected = dict(scored_rows(str(folder / "undisturbed")))
-        assert len(self._expected) == rows
+    def __init__(self, folder: Path, rows: int) -> None:
+        """Takes a folder of its own."""
+        self.rows, self.table = rows, write_table(folder / "rows", rows)
+        self.bundle = Path(saved_bundle(folder / "bundle", colour_table(folder / "clean", rows=12)))
+        options, output = ScoreConfig(slice_rows=SLICE_ROWS), str(folder / "undisturbed")
+        score_in_process(str(self.bundle), str(self.table), output, options)
+        self.expected = dict(scored_rows(output))
+        assert len(self.expected) == rows
+
+
+class Loop:
+    """Runs over one table."""
+
+    def __init__(self, work: Work, root: str, nodes: Any) -> None:
+        """Takes what to do, the folder or bucket of the outputs, and where the runs are."""
+        self._root, self._rows, self._num_slices = root, work.rows, work.rows // SLICE_ROWS
+        self._expected = work.expected
+        bundle, table = str(work.bundle), str(work.table)
         if "://" in root:
-            bundle, table = upload(folder / "bundle", root, "bundle"), upload(folder / "rows", root, "rows")
-        self._command = ["score", bundle, str(table), "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
+            bundle, table = upload(work.bundle, root, "bundle"), upload(work.table, root, "rows")
+        self._command = ["score", bundle, table, "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
         self._command += ["--stuck-after", str(STUCK_AFTER_S), nodes.flag]
         self.nodes = nodes
 
@@ -375,11 +385,11 @@ def parts_of(output: str) -> int:
 
 
 @contextmanager
-def looping(folder: Path, root: str, rows: int, *, without_ray: bool = False) -> Iterator[Loop]:
+def looping(work: Work, root: str, *, without_ray: bool = False) -> Iterator[Loop]:
     """A loop for the duration of a `with` block."""
     nodes = Alone() if without_ray else Nodes()
     try:
-        yield Loop(folder, root, rows, nodes)
+        yield Loop(work, root, nodes)
     finally:
         nodes.stop()
 
@@ -437,7 +447,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         place_of(given.store, Path(folder), given.seed) as (root, faults),
-        looping(Path(folder), root, given.rows, without_ray=given.without_ray) as loop,
+        looping(Work(Path(folder), given.rows), root, without_ray=given.without_ray) as loop,
     ):
         for seed in range(given.seed, given.seed + given.runs):
             faults.clear()

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from models import colour_table, score_in_process, small_config
 from processes import ALONE, COMMAND, mmray, wait_for
+from ray.train.torch import TorchTrainer
 
 from mmray.bundle import load_bundle
 from mmray.compare import compare_fusions
@@ -20,6 +21,7 @@ from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
 from mmray.train.checkpoint import latest_checkpoint
 from mmray.train.job import train_model
+from mmray.train.trainer import Trainer
 
 pytestmark = pytest.mark.ray
 
@@ -141,6 +143,13 @@ def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weigh
         assert resumed.history[2][name] == (None if value is None else pytest.approx(value, rel=1e-3)), name
     assert resumed.history[2]["train_loss"] != pytest.approx(whole.history[1]["train_loss"], rel=1e-2)
     assert_it_scores(resumed.bundle, rows, tmp_path)
+
+
+def test_nobody_is_asked_to_clean_up_by_a_dashboard_that_is_not_there(ray_cluster: None) -> None:
+    def kinds(trainer: TorchTrainer) -> set[str]:
+        return {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+
+    assert kinds(TorchTrainer(print)) - kinds(Trainer(print)) == {"PlacementGroupCleanerCallback"}, "it waits 12 s"
 
 
 def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path, tmp_path: Path) -> None:

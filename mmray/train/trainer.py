@@ -22,7 +22,8 @@ class Trainer(ray.train.torch.TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # its first version has none
-        has_dashboard = internal_kv._internal_kv_get("dashboard", namespace="dashboard") is not None
+        # The address beside it, "dashboard", is there even of a dashboard that answers nobody.
+        has_dashboard = bool(internal_kv._internal_kv_get("webui:url", namespace="dashboard"))
         return [c for c in callbacks if has_dashboard or type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
