@@ -194,7 +194,10 @@ def _check_gpus(gpus_per_actor: float) -> None:
     """Refuses GPUs that a local cluster has not; one that is given may grow them."""
     there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if gpus_per_actor > there and not given_address():
-        raise ConfigError(f"{gpus_per_actor:g} GPUs for each process were asked for, and this machine has {there:g}")
+        raise ConfigError(
+            f"{gpus_per_actor:g} GPUs for each process were asked for, and this machine has {there:g}; leave --gpus "
+            "out, or run where there are some"
+        )
 
 
 def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray.data.Dataset:

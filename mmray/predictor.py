@@ -71,7 +71,7 @@ class Predictor:
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(
-                "a GPU was asked for and this machine has none that torch can use; set gpus_per_actor = 0"
+                "a GPU was asked for and this machine has none that torch can use; leave --gpus out, or run elsewhere"
             )
         self.bundle, self.options, self.device = bundle, options, device
         self._model = bundle.build_model()

@@ -53,6 +53,7 @@ def _lines(found: "Forecast") -> Iterator[Line]:
     yield from _rows(found)
     yield from _drift(found)
     yield from _cost(found)
+    yield from (("hint", hint) for hint in found.hints)
 
 
 def _rows(found: "Forecast") -> Iterator[Line]:

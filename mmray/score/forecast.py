@@ -16,11 +16,12 @@ import pyarrow as pa
 from mmray.bundle import load_bundle
 from mmray.errors import ConfigError
 from mmray.histogram import stability_index
-from mmray.machine import available_memory, local_cpus
+from mmray.machine import available_memory
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.predictor import Predictor
 from mmray.profile import SAMPLE_ROWS, Profile, cells_of, look_at, read, spread_out
-from mmray.score.local import scores_here
+from mmray.score.hints import hints
+from mmray.score.local import places, scores_here
 from mmray.score.plan import Plan, make_plan
 from mmray.slices import Slice
 from mmray.source import ImageSource, bytes_or_path
@@ -57,6 +58,8 @@ class Forecast:
     memory: int
     """What this machine has to spare, in bytes."""
     seconds: float
+    hints: list[str]
+    """What to do where most rows lack something."""
 
     @property
     def drift(self) -> float | None:
@@ -80,38 +83,70 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     bundle = load_bundle(bundle_uri)
     source = ImageSource(plan.image_roots, bundle.config.image.max_bytes, options.on_unavailable)
     predictor = Predictor.on_this_worker(bundle, source, options)
-    load_s = time.perf_counter() - started
-    pieces = spread_out(plan.slices, sample)
-    rows = read(pieces)
-    columns = cells_of(predictor, rows)
-    looks = [look_at(predictor, part) for part in _batches(columns, options.rows_per_batch)]
-    scores, count = pa.concat_tables([look.scores for look in looks]), rows.num_rows
-    prepare_s, predict_s = (sum(getattr(look, step) for look in looks) for step in ("prepare_s", "predict_s"))
-    processes = min(options.num_actors or local_cpus(), len(plan.slices))
-    process_bytes = _process_bytes(plan, rows)
+    load_s, inputs = time.perf_counter() - started, bundle.metrics.get("inputs")
+    seen = _look(predictor, spread_out(plan.slices, sample))
+    processes = min(len(places(options)), len(plan.slices))
     without_ray = scores_here(plan.slices, options)
-    inputs = bundle.metrics.get("inputs")
-    images = [bytes_or_path(cell) for cell in columns.get("image", ())]
+    start_s = START_S[without_ray] + load_s
     found = Forecast(
         rows=plan.num_rows,
         slices=len(plan.slices),
         columns={name: predictor.column(name) for name in predictor.modalities},
-        image_kinds=dict(Counter(map(_kind, images)).most_common()),
-        sample=Profile.total([look.profile for look in looks]),
+        image_kinds=dict(Counter(map(_kind, seen.columns.get("image", ()))).most_common()),
+        sample=seen.profile,
         trained_on=Profile.from_dict(inputs) if inputs else None,
-        reasons=dict(Counter(filter(None, map(_reason, scores.to_pylist()))).most_common()),
-        examples=_examples(scores, pieces),
-        duplicates=count - len(set(zip(*{**columns, **({"image": images} if images else {})}.values(), strict=True))),
-        prepare_ms=1000 * prepare_s / count,
-        predict_ms=1000 * predict_s / count,
+        reasons=seen.reasons,
+        examples=seen.examples,
+        duplicates=seen.rows.num_rows - len(set(zip(*seen.columns.values(), strict=True))),
+        prepare_ms=seen.prepare_ms,
+        predict_ms=seen.predict_ms,
         processes=processes,
         without_ray=without_ray,
-        process_bytes=process_bytes,
+        process_bytes=_process_bytes(plan, seen.rows),
         memory=available_memory(),
-        seconds=START_S[without_ray] + load_s + plan.num_rows * (prepare_s + predict_s) / count / processes,
+        seconds=start_s + plan.num_rows * _ms_per_row(seen, processes, options.gpus_per_actor) / 1000,
+        hints=hints(seen.rows.num_rows, seen.reasons, plan.image_roots),
     )
     _refuse_what_does_not_fit(found)
     return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Some rows of a table, and what the model made of them."""
+
+    rows: pa.Table
+    columns: dict[str, list[Any]]
+    profile: Profile
+    reasons: dict[str, int]
+    examples: dict[str, str]
+    prepare_ms: float
+    predict_ms: float
+
+
+def _look(predictor: Predictor, pieces: Sequence[Slice]) -> _Seen:
+    rows = read(pieces)
+    columns, size = cells_of(predictor, rows), predictor.options.rows_per_batch
+    batches = ({name: cells[k : k + size] for name, cells in columns.items()} for k in range(0, rows.num_rows, size))
+    looks = [look_at(predictor, batch) for batch in batches]
+    scores = pa.concat_tables([look.scores for look in looks]).to_pylist()
+    columns["image"] = [bytes_or_path(cell) for cell in columns.get("image", ())]  # which can be compared
+    return _Seen(
+        rows=rows,
+        columns={name: cells for name, cells in columns.items() if cells},
+        profile=Profile.total([look.profile for look in looks]),
+        reasons=dict(Counter(filter(None, map(_reason, scores))).most_common()),
+        examples=_examples(scores, pieces),
+        prepare_ms=1000 * sum(look.prepare_s for look in looks) / rows.num_rows,
+        predict_ms=1000 * sum(look.predict_s for look in looks) / rows.num_rows,
+    )
+
+
+def _ms_per_row(seen: _Seen, processes: int, gpus_per_actor: float) -> float:
+    """Returns the time of a row where processes work beside one another: a GPU computes while CPUs prepare."""
+    if gpus_per_actor:
+        return max(seen.prepare_ms / processes, seen.predict_ms / (processes * gpus_per_actor))
+    return (seen.prepare_ms + seen.predict_ms) / processes
 
 
 def _refuse_what_does_not_fit(found: Forecast) -> None:
@@ -132,20 +167,15 @@ def _process_bytes(plan: Plan, rows: pa.Table) -> int:
     return int(own + CALLS_PER_PROCESS * largest * rows.nbytes / rows.num_rows)
 
 
-def _batches(columns: dict[str, list[Any]], size: int) -> list[dict[str, list[Any]]]:
-    rows = len(next(iter(columns.values())))
-    return [{name: cells[k : k + size] for name, cells in columns.items()} for k in range(0, rows, size)]
-
-
 def _reason(row: dict[str, Any]) -> str | None:
     return f"{row['status']}/{row['reason']}" if row["reason"] else None
 
 
-def _examples(scores: pa.Table, pieces: Sequence[Slice]) -> dict[str, str]:
+def _examples(scores: Sequence[dict[str, Any]], pieces: Sequence[Slice]) -> dict[str, str]:
     """Returns the first row of each reason, by its place in the input."""
     names = (f"{piece.uri}:{piece.first_row + k}" for piece in pieces for k in range(piece.num_rows))
     found: dict[str, str] = {}
-    for name, row in zip(names, scores.to_pylist(), strict=True):
+    for name, row in zip(names, scores, strict=True):
         if reason := _reason(row):
             found.setdefault(reason, f"{name}: {row['reason_detail']}")
     return found

@@ -15,6 +15,7 @@ from mmray.options import ScoreConfig
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
 from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row
+from mmray.score.hints import hints
 from mmray.score.ledger import Ledger
 from mmray.score.local import local_pool, scores_here
 from mmray.score.plan import Plan, describe, make_plan
@@ -40,6 +41,8 @@ class ScoreResult:
     seconds: float
     steady_rows_per_s: float | None
     """Rate between the first and the last slice of this call, start-up excluded."""
+    hints: Sequence[str] = ()
+    """What to do where most rows lack something."""
 
     def lines(self) -> list[str]:
         """Returns what the run did, for a terminal."""
@@ -47,6 +50,7 @@ class ScoreResult:
         counts = ", ".join(f"{ledger.count(status):,} {status.value}" for status in Status)
         lines = [f"{ledger.rows:,} rows: {counts}"]
         lines += [f"  {count:>10,}  {reason}" for reason, count in ledger.reasons_by_count()]
+        lines += [f"hint: {hint}" for hint in self.hints]
         if self.scored_slices:
             steady = f", steady {self.steady_rows_per_s:,.0f} rows/s" if self.steady_rows_per_s else ""
             return [*lines, f"{self.scored_slices:,} of {self.num_slices:,} slices in {self.seconds:.1f} s{steady}"]
@@ -100,7 +104,8 @@ def score_plan(
     success = target.success()
     if success is not None:
         ledger = Ledger.from_dict(success["ledger"])
-        return ScoreResult(output, ledger, len(plan.slices), 0, time.perf_counter() - started, None)
+        told = hints(ledger.rows, ledger.reasons, plan.image_roots)
+        return ScoreResult(output, ledger, len(plan.slices), 0, time.perf_counter() - started, None, told)
     done = target.committed(plan.hash)
     todo = tuple(piece for piece in plan.slices if piece.index not in done)
     on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done))
@@ -114,7 +119,8 @@ def score_plan(
         manifest.add(receipt)
     Attempts(target.store).clear()
     ledger = target.finalize(plan, manifest, options.max_error_rate)
-    return ScoreResult(output, ledger, len(plan.slices), len(todo), time.perf_counter() - started, _steady_rate(times))
+    seconds, told = time.perf_counter() - started, hints(ledger.rows, ledger.reasons, plan.image_roots)
+    return ScoreResult(output, ledger, len(plan.slices), len(todo), seconds, _steady_rate(times), told)
 
 
 def _run(

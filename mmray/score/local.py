@@ -55,7 +55,8 @@ def places(options: ScoreConfig) -> list[dict[str, str]]:
     fit = int(len(gpus) / options.gpus_per_actor)
     if not fit:
         raise ConfigError(
-            f"{options.gpus_per_actor:g} GPUs for each process were asked for, and this machine has {len(gpus)}"
+            f"{options.gpus_per_actor:g} GPUs for each process were asked for, and this machine has {len(gpus)}; leave "
+            "--gpus out, or run where there are some"
         )
     count = min(options.num_actors or fit, fit)
     return [{"CUDA_VISIBLE_DEVICES": gpus[int(k * options.gpus_per_actor)]} for k in range(count)]

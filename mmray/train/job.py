@@ -46,7 +46,7 @@ from mmray.train.data import (
 from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
-from mmray.train.task import with_task, with_two_labels
+from mmray.train.task import refuse_names_of_rows, with_task, with_two_labels
 from mmray.train.trainer import OnEpoch, Trainer, ctrl_c_is_an_interruption, progress_queue
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
@@ -95,6 +95,7 @@ def train_model(
         try:
             counts = survey(tables, config)
             config = with_two_labels(with_epochs(config, counts.rows), given, counts.labels)
+            refuse_names_of_rows(config, counts.labels, counts.rows)
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.config import AutoTaskConfig, BinaryConfig, Config, MulticlassConfig, MultilabelConfig, RegressionConfig
+from mmray.errors import ConfigError
 from mmray.labels import is_label
 from mmray.slices import Table, cut, read_slice
 
@@ -34,6 +35,20 @@ def with_two_labels(settled: Config, given: Config, labels: Mapping[str, int]) -
     if isinstance(given.task, AutoTaskConfig) and settled.task.kind == "multiclass" and len(labels) == 2:
         return settled.model_copy(update={"task": BinaryConfig()})
     return settled
+
+
+def refuse_names_of_rows(config: Config, labels: Mapping[str, int], rows: int) -> None:
+    """Refuses classes of which hardly any comes twice: those are numbers, or names of rows.
+
+    Raises:
+        ConfigError: so it is with the label column.
+    """
+    if config.task.kind == "multiclass" and len(labels) > max(rows // 2, MAX_NUMBERS):
+        raise ConfigError(
+            f"the label column {config.table.label_column!r} holds {len(labels):,} different labels in {rows:,} rows, "
+            "too many to learn any; for numbers set task.kind = 'regression', else name the right column with "
+            "table.label_column"
+        )
 
 
 def _is_measured(values: set[Any]) -> bool:
