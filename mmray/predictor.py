@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mmray.bundle import Bundle
+from mmray.bundle import Bundle, load_bundle
 from mmray.errors import BundleError, ConfigError, EnvironmentFaultError
 from mmray.model.folding import fold_batch_norms
 from mmray.model.precision import Precision, autocast, resolve_precision
@@ -95,6 +95,11 @@ class Predictor:
         if not options.gpus_per_actor:
             torch.set_num_threads(1)  # one process per core with one thread each beats fewer with more
         return cls(bundle, source, options, "cuda" if options.gpus_per_actor else "cpu", **more)
+
+    def __repr__(self) -> str:
+        task, labels = self.bundle.config.task.kind, len(self.bundle.labels)
+        about = f"{task}, {labels} labels" if labels else task
+        return f"<Predictor {self.bundle.fingerprint[:12]}: {about}, {self.precision} on {self.device}>"
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -238,6 +243,23 @@ class Predictor:
         want = np.asarray(golden["outputs"].to_pylist(), np.float32)
         low, high = self.bundle.score_range
         return float(np.abs(got - want).max() / (high - low))
+
+
+def load_predictor(bundle: str, options: ScoreConfig | None = None) -> Predictor:
+    """Loads a bundle to score in this process, on its CPUs, or on a GPU where `options.gpus_per_actor` is set.
+
+    Args:
+        bundle: folder or URI of a bundle.
+        options: columns, precision; and `image_roots`, beneath which images are read where cells are paths.
+
+    Raises:
+        BundleError: it is damaged, or its golden rows come out differently here.
+        ConfigError: a root is malformed, or there is no GPU.
+    """
+    loaded, options = load_bundle(bundle), options or ScoreConfig()
+    source = ImageSource(options.image_roots, loaded.config.image.max_bytes, options.on_unavailable)
+    prepare_decoders()
+    return Predictor(loaded, source, options, "cuda" if options.gpus_per_actor else "cpu")
 
 
 def timed(on_stage: OnStage, stage: str, function: Callable[..., T], *arguments: Any) -> T:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+LONGEST = ("test_demo.py", "test_kill.py", "test_train.py", "test_serve.py", "test_cluster.py", "test_submit.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begins with files of tests that take long: at the end the short ones keep every process busy."""
     long = {item.path for item in items if item.get_closest_marker("ray") or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     items.sort(key=lambda item: item.path not in long)
 
 

@@ -127,11 +127,9 @@ def test_nothing_reads_on_when_an_interrupted_step_ends_its_cluster() -> None:
 
 @pytest.mark.parametrize(
     ("actors", "stuck_after"),
-    [
-        pytest.param(2, 600, id="another does its slices"),
-        pytest.param(1, 5, id="it is replaced", marks=pytest.mark.long),
-    ],
+    [pytest.param(2, 600, id="another does its slices"), pytest.param(1, 5, id="it is replaced")],
 )
+@pytest.mark.long
 def test_a_process_that_is_stopped_as_a_whole_holds_nothing_up_and_changes_nothing_when_it_goes_on(
     rows: Path, bundle: str, tmp_path: Path, actors: int, stuck_after: int
 ) -> None:

@@ -38,6 +38,7 @@ def scored_files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("data/*.parquet")}
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_is_replaced(rows: Path, bundle: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with started("score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local") as process:

@@ -10,6 +10,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mmray.errors import ConfigError, EnvironmentFaultError
 from mmray.options import ScoreConfig
 from mmray.score.attempts import Attempts
@@ -43,6 +46,15 @@ class ScoreResult:
     """Rate between the first and the last slice of this call, start-up excluded."""
     hints: Sequence[str] = ()
     """What to do where most rows lack something."""
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads the scored rows as one table, which has to fit in memory; all columns by default."""
+        store = open_store(self.output)
+        files = (store.open(key) for key in store.list("data"))
+        return pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
         """Returns what the run did, for a terminal."""
