@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmray.bundle import Bundle, load_bundle
 from mmray.errors import BundleError, ConfigError, EnvironmentFaultError
-from mmray.model.folding import fold_batch_norms
+from mmray.model.folding import fold
 from mmray.model.precision import Precision, autocast, resolve_precision
 from mmray.options import ScoreConfig, column_of
 from mmray.prediction import Prediction
@@ -75,7 +75,7 @@ class Predictor:
             )
         self.bundle, self.options, self.device = bundle, options, device
         self._model = bundle.build_model()
-        fold_batch_norms(self._model)
+        fold(self._model)
         self._model.to(device)
         self._preprocess = Preprocessor(
             bundle.config, bundle.vocabulary, source, decode_threads=options.decode_threads or 1, reads=options.reads

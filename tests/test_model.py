@@ -15,9 +15,10 @@ from torch import Tensor
 from mmray.config import Config, FusionConfig, TaskConfig
 from mmray.errors import ConfigError
 from mmray.model import FusionModel
-from mmray.model.folding import fold_batch_norms
+from mmray.model.folding import ActivatedConv, fold
 from mmray.model.fusion import WeightedSum, build_fusion
 from mmray.model.heads import build_head
+from mmray.model.precision import autocast
 from mmray.model.vision import torchvision
 from mmray.train.loop import best_epoch
 from mmray.train.rows import shares
@@ -325,7 +326,7 @@ def test_outputs_are_probabilities() -> None:
 @pytest.mark.parametrize(
     "name", ["mobilenet_v3_small", "resnet18", "densenet121", "squeezenet1_1", "efficientnet_lite0"]
 )
-def test_folding_the_normalisation_changes_nothing(name: str) -> None:
+def test_folding_changes_nothing_and_bf16_stays_as_near_as_it_was(name: str) -> None:
     ours = IMAGE_ENCODERS[-1]
     model = model_of(image_encoder=ours if name == ours["kind"] else {"kind": "torchvision", "name": name})
     arrays, present = rows(size=64)
@@ -334,11 +335,18 @@ def test_folding_the_normalisation_changes_nothing(name: str) -> None:
     model.eval()
     with torch.inference_mode():
         before = model(arrays, present)
-        fold_batch_norms(model)
+        with autocast("cpu", "bf16"):
+            before_bf16 = model(arrays, present).float()
+        fold(model)
         after = model(arrays, present)
+        with autocast("cpu", "bf16"):
+            after_bf16 = model(arrays, present).float()
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert len(norms) < {"densenet121": 70}.get(name, 1)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert any(isinstance(module, ActivatedConv) for module in model.modules())
+    off = (before_bf16 - before).abs().max()
+    assert 0 < (after_bf16 - before).abs().max() <= 2 * off
 
 
 def test_weights_survive_a_safetensors_file(tmp_path: Path) -> None:

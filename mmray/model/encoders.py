@@ -57,7 +57,10 @@ class _Pixels(nn.Module):
         self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+        batch, height, width, channels = images.shape
+        rows = images.reshape(batch * height, width * channels).float()  # long ones: three numbers at a time take twice
+        shift, scale = self.shift.repeat(width), self.scale.repeat(width)
+        return torch.addcmul(shift, rows, scale).view(images.shape).permute(0, 3, 1, 2)
 
 
 class CnnEncoder(Encoder):

@@ -1,17 +1,31 @@
-"""Batch normalisation folded into the convolution before it: the same function in evaluation, in a third less time."""
+"""A network made ready for inference: the same function in evaluation, in half of the time.
+
+Batch normalisation is folded into the convolution before it: W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma
+/ sqrt(var + eps) + beta. In bf16 on a CPU, the activation behind a convolution is computed with it, by oneDNN.
+"""
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+POST_OPS: dict[type[nn.Module], tuple[str, list[float], str]] = {
+    nn.ReLU: ("relu", [], ""),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0], ""),
+    nn.Hardswish: ("hardswish", [], ""),
+    nn.Hardsigmoid: ("hardsigmoid", [], ""),
+    nn.SiLU: ("swish", [], ""),
+}
+"""Activation -> oneDNN's name of it, its numbers, its algorithm."""
 
-def fold_batch_norms(model: nn.Module) -> None:
-    """Folds the normalisations of a model's torchvision network, in place; the model must be in evaluation mode.
 
-    W' = W * gamma / sqrt(var + eps), b' = (b - mean) * gamma / sqrt(var + eps) + beta. A network that cannot be traced
-    stays as it is.
+def fold(model: nn.Module) -> None:
+    """Folds a model's torchvision network, in place; the model must be in evaluation mode, and is not trained any more.
+
+    A network that cannot be traced stays as it is.
     """
     for encoder in model.modules():
         backbone = getattr(encoder, "_backbone", None)
@@ -24,18 +38,63 @@ def fold_batch_norms(model: nn.Module) -> None:
 
 def _folded(network: nn.Module) -> nn.Module:
     traced = torch.fx.symbolic_trace(network)
-    modules = dict(traced.named_modules())
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(norm := modules[node.target], nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        conv = modules.get(before.target) if before.op == "call_module" else None
-        if isinstance(conv, nn.Conv2d) and len(before.users) == 1 and calls[before.target] == 1:
-            parent, _, name = before.target.rpartition(".")
-            setattr(traced.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
+    folds: dict[tuple[type[nn.Module], ...], Callable[[Any, Any], nn.Module]] = {
+        (nn.BatchNorm2d,): fuse_conv_bn_eval,
+        tuple(POST_OPS): ActivatedConv,
+    }
+    for kinds, both in folds.items():
+        for conv, after in _pairs(traced, kinds):
+            _replace(traced, conv, both(*(traced.get_submodule(str(node.target)) for node in (conv, after))), after)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+def _pairs(
+    traced: torch.fx.GraphModule, kinds: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
+    """Yields each convolution that is used once, by a module of such a kind, and that module."""
+    modules = dict(traced.named_modules())
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) not in kinds:
+            continue
+        before = node.args[0]
+        is_conv = before.op == "call_module" and type(modules[before.target]) is nn.Conv2d
+        if is_conv and len(before.users) == 1 and calls[before.target] == 1:
+            yield before, node
+
+
+def _replace(traced: torch.fx.GraphModule, conv: torch.fx.Node, both: nn.Module, after: torch.fx.Node) -> None:
+    parent, _, name = str(conv.target).rpartition(".")
+    setattr(traced.get_submodule(parent), name, both)
+    after.replace_all_uses_with(conv)
+    traced.graph.erase_node(after)
+
+
+class ActivatedConv(nn.Module):
+    """A convolution and the activation behind it."""
+
+    def __init__(self, conv: nn.Conv2d, activation: nn.Module) -> None:
+        super().__init__()
+        self._conv, self._activation = conv, activation
+        self._post_op = POST_OPS[type(activation)]
+        self._bf16: tuple[Tensor, Tensor | None] | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns [B, C, H, W]."""
+        in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        if features.device.type != "cpu" or not in_bf16 or isinstance(self._conv.padding, str):
+            activated: Tensor = self._activation(self._conv(features))
+            return activated
+        weight, bias = self._bf16 = self._bf16 or self._weights()
+        conv = self._conv
+        where = [*conv.padding], [*conv.stride], [*conv.dilation], conv.groups
+        both: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            features.bfloat16(), weight, bias, *where, *self._post_op
+        )
+        return both
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        weight = self._conv.weight.detach().bfloat16().to(memory_format=torch.channels_last)
+        return weight, None if self._conv.bias is None else self._conv.bias.detach().bfloat16()
