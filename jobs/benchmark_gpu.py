@@ -34,7 +34,7 @@ def measure_gpu(folder: Path, rows: int, photos: Path | None) -> dict[str, Any]:
         bundle = make_bundle(folder, network)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             steps = pool.apply(measure_steps, (str(bundle), str(table), PRECISION, True))
-        runs = {processes: _run(folder, bundle, table, processes) for processes in (cpus // 4, cpus)}
+        runs = {processes: _run(folder, bundle, table, processes) for processes in (max(cpus // 4, 1), cpus)}
         figures[network] = {"ms_per_row": steps, "by_processes": runs}
     return figures
 

@@ -17,7 +17,7 @@ def measure_scale(folder: Path, rows: int, photos: Path | None, precision: str) 
     for share in SHARES:
         size = round(rows * share)
         table = make_table(folder / f"table-{size}", size, photos, min(size, IMAGES))
-        bundle = make_bundle(folder, table=table)
+        bundle = make_bundle(folder / f"bundle-{size}", table=table)
         run = run_mmray("score", bundle, table, folder / f"out-{size}", "--local", "--precision", precision)
         runs.append({"rows": size, "seconds": run["seconds"], "peak_rss_mb": run["peak_rss_mb"]})
     sizes, seconds = ([run[key] for run in runs] for key in ("rows", "seconds"))

@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -22,8 +22,8 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError, named
-from mmray.machine import KEEP_MEMORY, given_address, local_cpus
+from mmray.errors import EnvironmentFaultError, MmrayError, named
+from mmray.machine import KEEP_MEMORY, given_address, local_cpus, missing_gpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.placement import SPARE_CPUS, place
 from mmray.slices import SPARE, Slice, slices_to_arrow
@@ -107,7 +107,7 @@ def map_slices(
     name: str,
     *,
     max_retries: int = MAX_RETRIES,
-    spare: bool = False,
+    heard: Callable[[int], None] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Runs a pool of actors over slices by Ray Data, and yields the rows they return as they come.
 
@@ -121,19 +121,22 @@ def map_slices(
         options: size and place of the pool.
         name: of the work, on Ray's dashboard.
         max_retries: of an actor, and of a slice whose actor died, be it of another slice.
-        spare: whether actors that have nothing left get `SPARE`, of which they may make any slice's row once more.
+        heard: called with the slice of each row, also of one that came before; where it is given, actors that have
+            nothing left get `SPARE`, of which they may make any slice's row once more.
     """
     _check_gpus(options.gpus_per_actor)
     left = list(slices)
     while left:
         done = set[int]()
         try:
-            with closing(_one_pass(left, worker, arguments, options, name, max_retries, spare)) as rows:
+            with closing(_one_pass(left, worker, arguments, options, name, max_retries, heard is not None)) as rows:
                 for row in rows:
+                    if heard is not None:
+                        heard(row["slice"])
                     if row["slice"] not in done:
                         done.add(row["slice"])
                         yield row
-                    if spare and len(done) == len(left):  # whoever is still at one of them is late
+                    if heard is not None and len(done) == len(left):  # whoever is still at one of them is late
                         break
             return
         except RAY_ERRORS as error:
@@ -194,10 +197,7 @@ def _check_gpus(gpus_per_actor: float) -> None:
     """Refuses GPUs that a local cluster has not; one that is given may grow them."""
     there = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if gpus_per_actor > there and not given_address():
-        raise ConfigError(
-            f"{gpus_per_actor:g} GPUs for each process were asked for, and this machine has {there:g}; leave --gpus "
-            "out, or run where there are some"
-        )
+        raise missing_gpus(gpus_per_actor, there)
 
 
 def over_slices(slices: Sequence[Slice], function: Any, **placement: Any) -> ray.data.Dataset:

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+from mmray.errors import ConfigError
+
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU in each period, or "max"
-MEMORY = "/sys/fs/cgroup/memory"  # .max and .current: bytes, or "max"
+MEMORY = "/sys/fs/cgroup/memory"  # .max and .current: bytes, or "max"; .stat
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Environment of processes that compute on a CPU. By default glibc returns every large block to the kernel, and that
 clears it page by page when the next tensor asks: up to half of a forward pass. See mallopt(3)."""
@@ -13,6 +15,14 @@ clears it page by page when the next tensor asks: up to half of a forward pass. 
 def given_address() -> str | None:
     """Returns the address of the Ray cluster to connect to, or None where a local one would start."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def missing_gpus(asked: float, there: float) -> ConfigError:
+    """Returns the error of GPUs that were asked for, for each process, where there are fewer."""
+    return ConfigError(
+        f"{asked:g} GPUs for each process were asked for, and this machine has {there:g}; leave --gpus out, or run "
+        "where there are some"
+    )
 
 
 def local_cpus() -> int:
@@ -31,6 +41,8 @@ def available_memory() -> int:
     free = 1024 * int(lines["MemAvailable"].split()[0])
     try:
         limit, used = (int(Path(f"{MEMORY}.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in Path(f"{MEMORY}.stat").read_text().splitlines())
+        used -= int(stat.get("inactive_file", 0))  # files that were read, which make room
     except (OSError, ValueError):  # no cgroup, or no limit in it
         return free
     return max(min(free, limit - used), 0)

@@ -1,13 +1,13 @@
 """What rows look like to a model: how many lack something, how many words are unknown, which scores they get.
 
-Reads some rows of a table -> gives a profile. A bundle carries that of the rows it was trained on: what others are
+Reads some rows of a table -> gives a profile. A bundle carries that of the table it was trained on: what others are
 beside it says how far they have drifted.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,6 @@ class Profile:
         """Reads what `to_dict` wrote."""
         return cls(**{**raw, "histogram": tuple(raw["histogram"])})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a mapping for JSON."""
-        return asdict(self)
-
     @classmethod
     def total(cls, profiles: Sequence["Profile"]) -> "Profile":
         """Adds the profiles of rows that were looked at apart; at least one."""
@@ -57,6 +53,10 @@ class Profile:
             unknown=sum(one.unknown for one in profiles),
             histogram=tuple(map(sum, zip(*(one.histogram for one in profiles), strict=True))),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a mapping for JSON."""
+        return asdict(self)
 
     @property
     def unknown_share(self) -> float:
@@ -74,17 +74,24 @@ class Look:
     prepare_s: float
     predict_s: float
 
+    @classmethod
+    def total(cls, looks: Sequence["Look"]) -> "Look":
+        """Joins looks at rows, in order; at least one."""
+        return cls(
+            Profile.total([look.profile for look in looks]),
+            pa.concat_tables([look.scores for look in looks]),
+            sum(look.prepare_s for look in looks),
+            sum(look.predict_s for look in looks),
+        )
+
 
 def profile_of(bundle: Bundle, table: Table, image_roots: tuple[str, ...]) -> Profile:
     """Returns the profile of some rows of a table, with the columns trained on."""
     source = ImageSource(image_roots, bundle.config.image.max_bytes)
     predictor = Predictor(bundle, source, ScoreConfig())
-    return look_at(predictor, cells_of(predictor, read(spread_out(cut(table))))).profile
-
-
-def read(pieces: Sequence[Slice]) -> pa.Table:
-    """Reads slices as one table."""
-    return pa.concat_tables([read_slice(piece) for piece in pieces], promote_options="permissive")
+    names = [predictor.column(name) for name in predictor.modalities]
+    looks = (look_at(predictor, cells_of(predictor, read_slice(p, names))) for p in spread_out(cut(table)))
+    return Look.total(list(looks)).profile
 
 
 def cells_of(predictor: Predictor, rows: pa.Table) -> dict[str, list[Any]]:
@@ -94,6 +101,12 @@ def cells_of(predictor: Predictor, rows: pa.Table) -> dict[str, list[Any]]:
 
 def look_at(predictor: Predictor, columns: Mapping[str, Sequence[Any]]) -> Look:
     """Scores rows, of which `columns` has the cells of each modality, one batch after another."""
+    rows, size = len(next(iter(columns.values()))), predictor.options.rows_per_batch
+    batches = ({name: column[k : k + size] for name, column in columns.items()} for k in range(0, rows, size))
+    return Look.total([_look_at_batch(predictor, batch) for batch in batches])
+
+
+def _look_at_batch(predictor: Predictor, columns: Mapping[str, Sequence[Any]]) -> Look:
     started = time.perf_counter()
     features = predictor.prepare(columns)
     prepared = time.perf_counter()
@@ -111,16 +124,20 @@ def look_at(predictor: Predictor, columns: Mapping[str, Sequence[Any]]) -> Look:
 
 
 def spread_out(slices: Sequence[Slice], rows: int = SAMPLE_ROWS) -> list[Slice]:
-    """Returns about so many rows of a table, in pieces that lie evenly over it; all of one that has no more."""
+    """Returns so many rows of a table, or up to seven less, in windows that lie evenly over it; at most all."""
     ends = list(accumulate(piece.num_rows for piece in slices))
     if ends[-1] <= rows:
         return list(slices)
-    starts = (ends[-1] * (2 * k + 1) // (2 * PIECES) for k in range(PIECES))
-    return [_from(slices, ends, start, -(-rows // PIECES)) for start in starts]
+    count = min(PIECES, rows)
+    bounds = [ends[-1] * k // count for k in range(count + 1)]
+    width = rows // count  # no wider than the distance of two bounds: no row comes twice
+    starts = [(low + high - width) // 2 for low, high in pairwise(bounds)]
+    return [piece for start in starts for piece in _within(slices, ends, start, start + width)]
 
 
-def _from(slices: Sequence[Slice], ends: Sequence[int], start: int, rows: int) -> Slice:
+def _within(slices: Sequence[Slice], ends: Sequence[int], start: int, stop: int) -> Iterator[Slice]:
     k = int(np.searchsorted(ends, start, side="right"))
-    rows = min(rows, slices[k].num_rows)
-    skipped = min(start - ends[k] + slices[k].num_rows, slices[k].num_rows - rows)
-    return replace(slices[k], first_row=slices[k].first_row + skipped, num_rows=rows)
+    while start < stop:
+        first, last = start - (ends[k] - slices[k].num_rows), min(stop, ends[k])
+        yield replace(slices[k], first_row=slices[k].first_row + first, num_rows=last - start)
+        start, k = last, k + 1

@@ -13,7 +13,7 @@ import numpy as np
 from mmray import __version__
 from mmray.bundle_info import BundleInfo, read_info
 from mmray.curves import against_the_rest, precision_recall, reliability, roc, scatter
-from mmray.errors import BundleError, TableError
+from mmray.errors import BundleError, ConfigError, TableError
 from mmray.evaluate import FUSED, LATE, USED, Evaluation
 from mmray.histogram import HISTOGRAM_BINS, stability_index
 from mmray.metrics import CALIBRATION_BINS, PRIMARY, confusion_matrix, per_label
@@ -87,7 +87,7 @@ def evaluation_report(evaluation: Evaluation, bundle: str) -> Report:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": evaluation_tiles(evaluation),
         "evaluation": _evaluation_section(evaluation, task),
-        "provenance": provenance(evaluation.info, bundle),
+        "provenance": provenance(evaluation, bundle),
     }
 
 
@@ -170,6 +170,7 @@ def scoring_report(output: str, bundle: str | None = None, before: str | None = 
     Raises:
         TableError: one of the outputs is not complete.
         BundleError: there is no bundle, or it is another.
+        ConfigError: the scores of the two cannot be compared.
     """
     success, owner = _completed(output)
     uri = bundle or owner["bundle"]
@@ -178,25 +179,42 @@ def scoring_report(output: str, bundle: str | None = None, before: str | None = 
         raise BundleError(f"the bundle at {uri} is not the one that scored this; give that one with --bundle")
     others = {"in training": Profile.from_dict(info.metrics["inputs"]).histogram} if "inputs" in info.metrics else {}
     if before is not None:
-        others["before"] = Ledger.from_dict(_completed(before)[0]["ledger"]).histogram
-    tiles: list[Headline] = [
-        {"label": "rows scored", "value": ledger.count("ok") + ledger.count("degraded")},
-        {"label": "rows without a score", "value": ledger.count("failed")},
-    ]
-    tiles += [
-        {"label": f"stability index, scores {when}", "value": f"{stability_index(other, ledger.histogram):.3f}"}
-        for when, other in others.items()
-    ]
+        others["before"] = _scores_before(before, info)
+    verified = verify_output(output)
     return {
         "title": f"Scores of a {info.config.task.kind} model",
         "subtitle": f"{ledger.rows:,} rows of {owner['table']}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "summary": tiles,
+        "summary": _scoring_tiles(ledger, others),
         "scoring": scoring_section(
-            ledger, success["slices"], info.score_range, verify_output(output), examples=_examples(output, ledger)
+            ledger, success["slices"], info.score_range, verified, examples=_examples(output, ledger, verified)
         ),
-        "provenance": provenance(info, uri),
+        "provenance": {
+            "fingerprint": info.fingerprint,
+            "bundle": uri,
+            "versions": {"mmray": owner["mmray_version"]},
+            "config": info.config.model_dump(mode="json"),
+        },
     }
+
+
+def _scoring_tiles(ledger: Ledger, others: Mapping[str, tuple[int, ...]]) -> list[Headline]:
+    tiles: list[Headline] = [
+        {"label": "rows scored", "value": ledger.count("ok") + ledger.count("degraded")},
+        {"label": "rows without a score", "value": ledger.count("failed")},
+    ]
+    indices = {when: stability_index(other, ledger.histogram) for when, other in others.items()}
+    return tiles + [
+        {"label": f"stability index, scores {when}", "value": f"{index:.3f}"} for when, index in indices.items()
+    ]
+
+
+def _scores_before(output: str, info: BundleInfo) -> tuple[int, ...]:
+    """Returns the histogram of another run's scores."""
+    success, _ = _completed(output)
+    if info.config.task.kind == "regression" and success["fingerprint"] != info.fingerprint:
+        raise ConfigError(f"{output!r} was scored by another regression, whose values cannot be compared; leave it out")
+    return Ledger.from_dict(success["ledger"]).histogram
 
 
 def _completed(output: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,17 +226,16 @@ def _completed(output: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return success, owner
 
 
-def _examples(output: str, ledger: Ledger) -> dict[str, list[str]]:
-    """Returns `status/REASON` -> the first such rows: FILE:ROW, and what was wrong with them."""
+def _examples(output: str, ledger: Ledger, verified: VerifyReport) -> dict[str, list[str]]:
+    """Returns `status/REASON` -> the first such rows: FILE:ROW and what was wrong; none of a broken output."""
     found: dict[str, list[str]] = {reason: [] for reason in ledger.reasons}
-    wanted = sum(min(count, MAX_EXAMPLES) for count in ledger.reasons.values())
-    for problem in problems(output) if wanted else ():
+    wanted = sum(min(count, MAX_EXAMPLES) for count in ledger.reasons.values()) if verified.passed else 0
+    rows = problems(output) if wanted else iter(())
+    while wanted and (problem := next(rows, None)):
         examples = found[f"{problem.status}/{problem.reason}"]
         if len(examples) < MAX_EXAMPLES:
             examples.append(f"{problem.key}:{problem.row}  {problem.detail}")
             wanted -= 1
-        if not wanted:
-            break
     return found
 
 
@@ -262,15 +279,15 @@ def scoring_section(
     return section
 
 
-def provenance(info: BundleInfo, bundle: str) -> Provenance:
+def provenance(evaluation: Evaluation, bundle: str) -> Provenance:
     """Returns what it takes to get the same numbers again."""
     return {
-        "fingerprint": info.fingerprint,
+        "fingerprint": evaluation.info.fingerprint,
         "bundle": bundle,
         "command": " ".join(sys.argv),
         "versions": {"mmray": __version__, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "cpus": os.cpu_count() or 0},
-        "config": info.config.model_dump(mode="json"),
+        "config": evaluation.info.config.model_dump(mode="json"),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,6 +71,16 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     assert missing["examples"][0] in page
     assert "stability index, scores before" in page
     assert "secret" not in page + (output / "report.json").read_text()
+    assert "command" not in report["provenance"], "that of the report made no score"
+    other = saved_bundle(tmp_path / "other", rows, seed=1)
+    capsys.readouterr()
+    assert "is not the one that scored this" in fails(capsys, ["report", str(output), "--bundle", other])
+    shutil.copytree(output, tmp_path / "broken")
+    (part,) = (tmp_path / "broken" / "data").iterdir()
+    part.write_bytes(part.read_bytes()[:-1])
+    assert main(["report", str(tmp_path / "broken")]) == 0
+    broken = json.loads((tmp_path / "broken" / "report.json").read_text())
+    assert not broken["scoring"]["verify"]["passed"]
     assert main(["verify", str(output), "--level", "2"]) == 0, "the page is no part of the run"
     capsys.readouterr()
     assert "name one with --to" in fails(capsys, ["report", "s3://bucket/out"])

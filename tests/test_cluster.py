@@ -88,8 +88,9 @@ def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--no-local"]
-    check_interruptions(output, command, 240, signals)
+    command = ["score", bundle, rows, output, "--slice-rows", 3, "--actors", 2, "--no-local"]
+    slices = len(make_plan(bundle, str(rows), ScoreConfig(slice_rows=3)).slices)
+    check_interruptions(output, command, slices, signals)
 
 
 INTERRUPTED = """

@@ -42,7 +42,7 @@ def test_a_wrong_root(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.Ca
         "mount it here, or correct the root"
     )
     assert told(capsys, 0, "plan", bundle, rows, "--image-root", tmp_path) == (
-        f"hint         most images are not beneath {tmp_path}, which relative paths are resolved against; "
+        f"hint         most images are not where they are looked for, relative paths beneath {tmp_path}; "
         "give the folder that they are relative to with --image-root"
     )
 
@@ -55,7 +55,7 @@ def test_paths_that_are_relative_to_another_folder(
     table = with_images(rows, tmp_path, [f"rows/{path}" for path in paths])
     assert main(["score", bundle, str(table), str(tmp_path / "out")]) == 0
     assert (
-        f"hint: most images are not beneath {tmp_path}, which relative paths are resolved against; "
+        f"hint: most images are not where they are looked for, relative paths beneath {tmp_path}; "
         "give the folder that they are relative to with --image-root"
     ) in capsys.readouterr().out.splitlines()
 
@@ -63,8 +63,8 @@ def test_paths_that_are_relative_to_another_folder(
 def test_urls_without_permission(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = with_images(rows, tmp_path, [f"https://example.org/{k}.jpg" for k in range(4)])
     assert told(capsys, 0, "plan", bundle, table) == (
-        f"hint         most images lie outside of {tmp_path}, and nothing else is read; "
-        "allow where they lie with --image-root: a folder, s3://BUCKET or https://HOST"
+        f"hint         most images lie outside of {tmp_path} or may not be opened; allow where they lie with "
+        "--image-root, a folder, s3://BUCKET or https://HOST, or give the right to read them"
     )
 
 
@@ -78,7 +78,7 @@ def test_a_folder_of_pngs_named_jpg(
         (tmp_path / f"{k}.jpg").write_bytes(data.tobytes())
     table = with_images(rows, tmp_path, [f"{k}.jpg" for k in range(4)])
     assert main(["plan", bundle, str(table)]) == 0
-    assert "sample       4 rows: 100% ok" in capsys.readouterr().out.splitlines()
+    assert "sample       4 of 4 rows ok" in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.ray

@@ -12,8 +12,8 @@ MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.p
 
 # Lower layers first. A module may import from its own layer's folder and from the layers before it.
 LAYERS = (
-    {"errors", "machine"},
-    {"config", "stop"},
+    {"errors"},
+    {"machine", "config", "stop"},
     {"options"},
     {"table", "store"},
     {"url"},

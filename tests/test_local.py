@@ -12,8 +12,9 @@ from models import score_in_process
 from processes import CODES, check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
+from mmray.errors import ConfigError
 from mmray.options import ScoreConfig
-from mmray.score.local import MAX_ROWS, scores_here
+from mmray.score.local import MAX_ROWS, scores_here, share
 from mmray.slices import Slice
 
 pytestmark = pytest.mark.slow
@@ -139,6 +140,23 @@ def test_what_only_ray_gives_is_refused(rows: Path, bundle: str, tmp_path: Path)
     run = mmray("score", bundle, rows, tmp_path / "out", "--local", "--placement", "cluster")
     assert run.returncode == 2
     assert "--local" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "shared"),
+    [
+        ("a", 1, "a"),
+        ("ab", 1, "ab"),
+        ("ab", 0.7, "ab"),
+        ("ab", 0.5, "abab"),
+        ("abcd", 2, "ac"),
+        ("a", 1 / 93, "a" * 93),
+    ],
+)
+def test_processes_share_gpus_in_turns_and_none_lies_across_two(gpus: str, each: float, shared: str) -> None:
+    assert "".join(share(list(gpus), each)) == shared
+    with pytest.raises(ConfigError, match="were asked for, and this machine has 0"):
+        share([], each)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

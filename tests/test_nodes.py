@@ -129,7 +129,9 @@ def test_a_process_whose_receipt_does_not_arrive_is_replaced_and_one_whose_does_
     foreman.received(1)
     wait_for(lambda: not Path(f"/proc/{silent}").exists())
     assert ray.get([actor.pid.remote() for actor in actors])[1] == heard
-    assert ray.get(actors[0].pid.remote()) != silent
+    again = ray.get(actors[0].pid.remote())
+    assert again != silent
+    assert list(foreman._stuck()) == [], "once is enough"
 
 
 def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:

@@ -135,10 +135,8 @@ def test_what_is_not_fit_is_not_published_and_what_was_stays(schedule: Schedule,
     assert schedule.read() != before
 
 
-@pytest.mark.ray
-def test_rows_that_failed_are_scored_again_when_asked_and_old_runs_go(
-    ray_cluster: None, schedule: Schedule, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_rows_that_failed_are_scored_again_when_asked_and_old_runs_go(schedule: Schedule, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(schedule.rows / "images", images / "images")
     schedule.rows, late = images, images / "images" / "0.jpg"
@@ -218,6 +216,8 @@ def test_of_many_that_want_the_lease_at_once_one_gets_it(tmp_path: Path) -> None
 def test_the_stability_index_is_zero_for_alike_and_large_for_others() -> None:
     assert stability_index((100, 200, 300), (200, 400, 600)) < 0.001
     assert stability_index((900, 50, 50), (50, 50, 900)) > 0.25
+    for many in (40, 256, 10**6):  # however many rows the other has
+        assert stability_index((128, 0, 0, 128), (many // 2, 0, 0, many // 2)) < 0.001
 
 
 def test_the_lease_and_what_is_published_work_in_a_bucket(s3: str) -> None:

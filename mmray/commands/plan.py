@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
         usage="%(prog)s BUNDLE INPUT [options]",
         help="say what scoring a table would do, and how long it takes",
         description="Say what `mmray score` would do on this machine: reads every footer, and some rows as a run reads "
-        "them. Writes nothing. Takes the flags of `mmray score`.",
+        "them. Writes nothing. Takes the flags of `mmray score`. A row that kills a process ends it, unlike a run.",
     )
     plan.add_argument("bundle", metavar="BUNDLE")
     plan.add_argument("table", metavar="INPUT", help="parquet file, folder or glob")
@@ -58,16 +58,16 @@ def _lines(found: "Forecast") -> Iterator[Line]:
 
 def _rows(found: "Forecast") -> Iterator[Line]:
     rows, bad = found.sample.rows, sum(found.reasons.values())
-    yield "sample", f"{rows:,} rows: {_share(rows - bad, rows)} ok"
+    yield "sample", f"{rows - bad:,} of {rows:,} rows ok"
     for reason, count in found.reasons.items():
-        yield "", f"{_share(count, rows):>5}  {reason}  {found.examples[reason]}"
+        yield "", f"{count:>5,}  {reason}  {found.examples[reason]}"
     if found.image_kinds:
-        yield "images", ", ".join(f"{_share(count, rows)} {kind}" for kind, count in found.image_kinds.items())
+        yield "images", ", ".join(f"{count:,} {kind}" for kind, count in found.image_kinds.items())
     if "text" in found.columns:
         words = f"{found.sample.tokens / max(rows, 1):.1f} tokens a row, {found.sample.unknown_share:.0%} unknown"
         yield "texts", words + (f"; {found.trained_on.unknown_share:.0%} in training" if found.trained_on else "")
     if found.duplicates:
-        yield "duplicates", f"{_share(found.duplicates, rows)} of the rows have the cells of an earlier one"
+        yield "duplicates", f"{found.duplicates:,} rows have the cells of an earlier one"
 
 
 def _drift(found: "Forecast") -> Iterator[Line]:
@@ -79,17 +79,14 @@ def _drift(found: "Forecast") -> Iterator[Line]:
 
 
 def _cost(found: "Forecast") -> Iterator[Line]:
-    both_ms = found.prepare_ms + found.predict_ms
-    yield "a row", f"{found.prepare_ms:.2f} ms to read and decode, {found.predict_ms:.2f} ms in the model"
+    where = "on the GPU" if found.gpu_hours else "in the model"
+    yield "a row", f"{found.prepare_ms:.2f} ms to read and decode, {found.predict_ms:.2f} ms {where}"
     how = "without Ray" if found.without_ray else "on Ray"
     need = f"{found.processes * found.process_bytes / 2**20:,.0f} of {found.memory / 2**20:,.0f} MiB"
     yield "processes", f"{found.processes}, {how}; memory at most {need}"
     yield "time", f"about {_duration(found.seconds)} on this machine; {found.limit} takes most of it"
-    yield "a million", f"{both_ms / 3.6:,.2f} core-hours; {found.prepare_ms / 3.6:,.2f} of them to feed a GPU"
-
-
-def _share(count: int, rows: int) -> str:
-    return f"{count / max(rows, 1):.0%}"
+    gpu = f" and {found.gpu_hours:,.2f} GPU-hours" if found.gpu_hours else ""
+    yield "a million", f"{found.core_hours:,.2f} core-hours{gpu}"
 
 
 def _duration(seconds: float) -> str:

@@ -110,11 +110,11 @@ def _add_report(commands: Any) -> None:
         "report",
         help="write a page about a finished run, to look at and to send on",
         description="Write report.html and report.json about a finished run: every row accounted for, reasons with "
-        "examples, scores beside those of the rows trained on or of another run, what was verified (level 1).",
+        "examples, how far the scores are from those of the rows trained on or of another run, what was verified.",
     )
     report.add_argument("output", metavar="OUTPUT")
     report.add_argument("--to", metavar="DIR", help="folder for the page (default: OUTPUT)")
-    report.add_argument("--before", metavar="OUTPUT", help="another run of the same model, to compare scores with")
+    report.add_argument("--before", metavar="OUTPUT", help="another run, to compare scores with")
     report.add_argument("--bundle", metavar="BUNDLE", help="where the bundle is now (default: where the run had it)")
     report.set_defaults(run=_report)
 

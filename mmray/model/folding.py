@@ -38,10 +38,10 @@ def fold(model: nn.Module) -> None:
 
 def _folded(network: nn.Module) -> nn.Module:
     traced = torch.fx.symbolic_trace(network)
-    folds: dict[tuple[type[nn.Module], ...], Callable[[Any, Any], nn.Module]] = {
-        (nn.BatchNorm2d,): fuse_conv_bn_eval,
-        tuple(POST_OPS): ActivatedConv,
-    }
+    folds: dict[tuple[type[nn.Module], ...], Callable[[Any, Any], nn.Module]] = {(nn.BatchNorm2d,): fuse_conv_bn_eval}
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        folds[tuple(POST_OPS)] = ActivatedConv
     for kinds, both in folds.items():
         for conv, after in _pairs(traced, kinds):
             _replace(traced, conv, both(*(traced.get_submodule(str(node.target)) for node in (conv, after))), after)
@@ -60,8 +60,9 @@ def _pairs(
         if node.op != "call_module" or type(modules[node.target]) not in kinds:
             continue
         before = node.args[0]
-        is_conv = before.op == "call_module" and type(modules[before.target]) is nn.Conv2d
-        if is_conv and len(before.users) == 1 and calls[before.target] == 1:
+        conv = modules[before.target] if before.op == "call_module" else None
+        is_plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if is_plain and len(before.users) == 1 and calls[before.target] == 1:
             yield before, node
 
 
@@ -84,7 +85,7 @@ class ActivatedConv(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Returns [B, C, H, W]."""
         in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-        if features.device.type != "cpu" or not in_bf16 or isinstance(self._conv.padding, str):
+        if features.device.type != "cpu" or not in_bf16:
             activated: Tensor = self._activation(self._conv(features))
             return activated
         weight, bias = self._bf16 = self._bf16 or self._weights()

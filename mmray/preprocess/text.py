@@ -90,7 +90,9 @@ def tokenize(text: str, config: TextConfig) -> list[str]:
     end = _end(words)
     known = _tokens_of(words[:end])
     tokens = [token for word in words[:end] for token in known[word]]
-    return [*tokens, *_tokens_of_end(" ".join(words[end:]))][: config.max_tokens]
+    rest = " ".join(words[end:])
+    tokens += _tokens_of_end(rest) if len(rest) <= MAX_WORD_CHARS else _split_end(rest)
+    return tokens[: config.max_tokens]
 
 
 def _end(words: Sequence[str]) -> int:
@@ -118,9 +120,11 @@ def _tokens_of(words: Iterable[str]) -> dict[str, Sequence[str]]:
     return found
 
 
-@lru_cache(maxsize=2**12)
-def _tokens_of_end(words: str) -> Sequence[str]:
-    return _split(f"{_BETWEEN} {words}")[1:]
+def _split_end(words: str) -> tuple[str, ...]:
+    return tuple(_split(f"{_BETWEEN} {words}")[1:])
+
+
+_tokens_of_end = lru_cache(maxsize=2**12)(_split_end)
 
 
 def _split(text: str) -> list[str]:

@@ -1,33 +1,33 @@
 """Says before a run what it would do: how many rows fail and why, how long it takes, how much memory, what limits it.
 
 Reads every footer and some rows, which go through the real preprocessing and the real model -> gives a forecast. It
-writes nothing.
+writes nothing. Unlike a run, it does not outlive a row that kills the process that reads it.
 """
 
-import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from mmray.bundle import load_bundle
 from mmray.errors import ConfigError
 from mmray.histogram import stability_index
-from mmray.machine import available_memory
+from mmray.machine import available_memory, given_address, local_cpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.predictor import Predictor
-from mmray.profile import SAMPLE_ROWS, Profile, cells_of, look_at, read, spread_out
+from mmray.profile import SAMPLE_ROWS, Look, Profile, cells_of, look_at, spread_out
 from mmray.score.hints import hints
-from mmray.score.local import places, scores_here
-from mmray.score.plan import Plan, make_plan
-from mmray.slices import Slice
+from mmray.score.local import places, scores_here, settled
+from mmray.score.plan import make_plan
+from mmray.slices import Slice, read_slice
 from mmray.source import ImageSource, bytes_or_path
+from mmray.store import REMOTE_SCHEMES
 
 START_S = {True: 1.5, False: 10.0}  # without Ray and with it, beside imports and the loading of the model
-MILLION = 1_000_000
+IMPORTS_BYTES = 350 * 2**20  # of a process that has loaded no model yet
+SCHEMES = (*REMOTE_SCHEMES, "file", "http", "https")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,14 @@ class Forecast:
     """Rows of the sample whose cells are those of an earlier one."""
     prepare_ms: float
     predict_ms: float
-    """Per row, on one CPU core or GPU of this machine."""
+    """Of a row, in one process alone: on its CPUs, and on one CPU or GPU."""
     processes: int
     without_ray: bool
+    limit: str
+    """What takes most of the time."""
+    core_hours: float
+    gpu_hours: float
+    """Of a million rows."""
     process_bytes: int
     """Memory of one process, at most."""
     memory: int
@@ -66,92 +71,66 @@ class Forecast:
         """Population stability index of the scores beside those of rows trained on; None where these are unknown."""
         return stability_index(self.trained_on.histogram, self.sample.histogram) if self.trained_on else None
 
-    @property
-    def limit(self) -> str:
-        """What takes most of a row's time."""
-        return "reading and decoding" if self.prepare_ms > self.predict_ms else "the model"
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a run takes."""
+
+    seconds: float
+    limit: str
+    core_hours: float
+    gpu_hours: float
 
 
 def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int = SAMPLE_ROWS) -> Forecast:
     """Forecasts the scoring of a table by this machine.
 
     Raises:
-        ConfigError: it does not hold so many processes; says what they need.
+        ConfigError: it does not hold so many processes; says what they need. Of a cluster that is given nobody knows.
         MmrayError: what would stop the run.
     """
-    plan, started = make_plan(bundle_uri, table_uri, options), time.perf_counter()
+    plan, started, own = make_plan(bundle_uri, table_uri, options), time.perf_counter(), _memory()
+    processes = min(len(places(options)), len(plan.slices))
+    options, without_ray = settled(options, processes), scores_here(plan.slices, options)
     bundle = load_bundle(bundle_uri)
     source = ImageSource(plan.image_roots, bundle.config.image.max_bytes, options.on_unavailable)
-    predictor = Predictor.on_this_worker(bundle, source, options)
-    load_s, inputs = time.perf_counter() - started, bundle.metrics.get("inputs")
-    seen = _look(predictor, spread_out(plan.slices, sample))
-    processes = min(len(places(options)), len(plan.slices))
-    without_ray = scores_here(plan.slices, options)
-    start_s = START_S[without_ray] + load_s
+    predictor, inputs = Predictor.on_this_worker(bundle, source, options), bundle.metrics.get("inputs")
+    start_s = START_S[without_ray] + time.perf_counter() - started
+    pieces = spread_out(plan.slices, sample)
+    look, columns, bytes_each = _look(predictor, pieces)
+    scores, rows = look.scores.to_pylist(), look.profile.rows
+    reasons = dict(Counter(filter(None, map(_reason, scores))).most_common())
+    prepare_ms, predict_ms = 1000 * look.prepare_s / rows, 1000 * look.predict_s / rows
+    cost = _cost(prepare_ms, predict_ms, processes, options)
     found = Forecast(
         rows=plan.num_rows,
         slices=len(plan.slices),
         columns={name: predictor.column(name) for name in predictor.modalities},
-        image_kinds=dict(Counter(map(_kind, seen.columns.get("image", ()))).most_common()),
-        sample=seen.profile,
+        image_kinds=dict(Counter(map(_kind, columns.get("image", ()))).most_common()),
+        sample=look.profile,
         trained_on=Profile.from_dict(inputs) if inputs else None,
-        reasons=seen.reasons,
-        examples=seen.examples,
-        duplicates=seen.rows.num_rows - len(set(zip(*seen.columns.values(), strict=True))),
-        prepare_ms=seen.prepare_ms,
-        predict_ms=seen.predict_ms,
+        reasons=reasons,
+        examples=_examples(scores, pieces),
+        duplicates=rows - len(set(zip(*(map(_comparable, cells) for cells in columns.values()), strict=True))),
+        prepare_ms=prepare_ms,
+        predict_ms=predict_ms,
         processes=processes,
         without_ray=without_ray,
-        process_bytes=_process_bytes(plan, seen.rows),
+        limit=cost.limit,
+        core_hours=cost.core_hours,
+        gpu_hours=cost.gpu_hours,
+        process_bytes=int(_growth(own) + CALLS_PER_PROCESS * max(p.num_rows for p in plan.slices) * bytes_each),
         memory=available_memory(),
-        seconds=start_s + plan.num_rows * _ms_per_row(seen, processes, options.gpus_per_actor) / 1000,
-        hints=hints(seen.rows.num_rows, seen.reasons, plan.image_roots),
+        seconds=start_s + plan.num_rows * cost.seconds,
+        hints=hints(rows, reasons, plan.image_roots),
     )
     _refuse_what_does_not_fit(found)
     return found
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Some rows of a table, and what the model made of them."""
-
-    rows: pa.Table
-    columns: dict[str, list[Any]]
-    profile: Profile
-    reasons: dict[str, int]
-    examples: dict[str, str]
-    prepare_ms: float
-    predict_ms: float
-
-
-def _look(predictor: Predictor, pieces: Sequence[Slice]) -> _Seen:
-    rows = read(pieces)
-    columns, size = cells_of(predictor, rows), predictor.options.rows_per_batch
-    batches = ({name: cells[k : k + size] for name, cells in columns.items()} for k in range(0, rows.num_rows, size))
-    looks = [look_at(predictor, batch) for batch in batches]
-    scores = pa.concat_tables([look.scores for look in looks]).to_pylist()
-    columns["image"] = [bytes_or_path(cell) for cell in columns.get("image", ())]  # which can be compared
-    return _Seen(
-        rows=rows,
-        columns={name: cells for name, cells in columns.items() if cells},
-        profile=Profile.total([look.profile for look in looks]),
-        reasons=dict(Counter(filter(None, map(_reason, scores))).most_common()),
-        examples=_examples(scores, pieces),
-        prepare_ms=1000 * sum(look.prepare_s for look in looks) / rows.num_rows,
-        predict_ms=1000 * sum(look.predict_s for look in looks) / rows.num_rows,
-    )
-
-
-def _ms_per_row(seen: _Seen, processes: int, gpus_per_actor: float) -> float:
-    """Returns the time of a row where processes work beside one another: a GPU computes while CPUs prepare."""
-    if gpus_per_actor:
-        return max(seen.prepare_ms / processes, seen.predict_ms / (processes * gpus_per_actor))
-    return (seen.prepare_ms + seen.predict_ms) / processes
-
-
 def _refuse_what_does_not_fit(found: Forecast) -> None:
     need = found.processes * found.process_bytes
-    if need > found.memory:
+    if given_address() is None and need > found.memory:
         fit = found.memory // found.process_bytes
         then = f"give --actors {fit}" if fit else "take a larger machine, or smaller --slice-rows"
         raise ConfigError(
@@ -160,11 +139,46 @@ def _refuse_what_does_not_fit(found: Forecast) -> None:
         )
 
 
-def _process_bytes(plan: Plan, rows: pa.Table) -> int:
-    """Returns the memory of a process: what this one took for the sample, and the slices that it is at besides."""
-    own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    largest = max(piece.num_rows for piece in plan.slices)
-    return int(own + CALLS_PER_PROCESS * largest * rows.nbytes / rows.num_rows)
+def _look(predictor: Predictor, pieces: Sequence[Slice]) -> tuple[Look, dict[str, list[Any]], float]:
+    """Returns what the model makes of the rows, their cells, and the bytes of a row with all its columns."""
+    looks, columns, size = list[Look](), dict[str, list[Any]](), 0
+    for piece in pieces:
+        rows = read_slice(piece)
+        cells, size = cells_of(predictor, rows), size + rows.nbytes
+        if not looks:  # the first batch finds caches cold
+            look_at(predictor, {name: column[: predictor.options.rows_per_batch] for name, column in cells.items()})
+        looks.append(look_at(predictor, cells))
+        for name, column in cells.items():
+            columns.setdefault(name, []).extend(column)
+    look = Look.total(looks)
+    return look, columns, size / look.profile.rows
+
+
+def _cost(prepare_ms: float, predict_ms: float, processes: int, options: ScoreConfig) -> _Cost:
+    """Returns the seconds of a row where processes work beside one another, and what a million takes."""
+    gpus, cpus = options.gpus_per_actor, min(processes, local_cpus())
+    threads = options.decode_threads or 1
+    if gpus:  # which computes while CPUs prepare
+        prepare_s, predict_s = prepare_ms / processes / 1000, predict_ms / (processes * min(gpus, 1)) / 1000
+        seconds, core_ms, gpu_ms = max(prepare_s, predict_s), prepare_ms * threads, predict_ms
+    else:
+        prepare_s, predict_s = prepare_ms / cpus / 1000, predict_ms / cpus / 1000
+        seconds, core_ms, gpu_ms = prepare_s + predict_s, prepare_ms + predict_ms, 0.0
+    limit = "reading and decoding" if prepare_s > predict_s else "the model"
+    return _Cost(seconds, limit, core_ms / 3.6, gpu_ms / 3.6)
+
+
+def _memory() -> tuple[int, int]:
+    """Returns the bytes that this process has, and the most that it ever had; see proc_pid_status(5)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    resident, peak = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+    return resident, peak
+
+
+def _growth(before: tuple[int, int]) -> int:
+    """Returns the memory of a process that has loaded the model and scored, by what this one has more since then."""
+    resident, peak = _memory()
+    return IMPORTS_BYTES + (peak if peak > before[1] else resident) - before[0]
 
 
 def _reason(row: dict[str, Any]) -> str | None:
@@ -173,20 +187,29 @@ def _reason(row: dict[str, Any]) -> str | None:
 
 def _examples(scores: Sequence[dict[str, Any]], pieces: Sequence[Slice]) -> dict[str, str]:
     """Returns the first row of each reason, by its place in the input."""
-    names = (f"{piece.uri}:{piece.first_row + k}" for piece in pieces for k in range(piece.num_rows))
     found: dict[str, str] = {}
-    for name, row in zip(names, scores, strict=True):
+    for name, row in zip(_names(pieces), scores, strict=True):
         if reason := _reason(row):
             found.setdefault(reason, f"{name}: {row['reason_detail']}")
     return found
 
 
+def _names(pieces: Sequence[Slice]) -> Iterator[str]:
+    return (f"{piece.uri}:{piece.first_row + k}" for piece in pieces for k in range(piece.num_rows))
+
+
+def _comparable(cell: Any) -> Any:
+    cell = bytes_or_path(cell)
+    return cell if isinstance(cell, str | bytes) or cell is None else repr(cell)
+
+
 def _kind(cell: Any) -> str:
+    cell = bytes_or_path(cell)
     if cell is None:
         return "nothing"
-    if isinstance(cell, bytes):
-        return "bytes"
-    scheme, separator, _ = str(cell).partition("://")
+    if not isinstance(cell, str):
+        return "bytes" if isinstance(cell, bytes) else "other"
+    scheme, separator, _ = cell.partition("://")
     if separator:
-        return f"{scheme}:// URI"
-    return "absolute path" if str(cell).startswith("/") else "relative path"
+        return f"{scheme.lower()}:// URI" if scheme.lower() in SCHEMES else "other"
+    return "absolute path" if cell.startswith("/") else "relative path"

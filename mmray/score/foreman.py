@@ -143,10 +143,12 @@ class Foreman:
 
     def _stuck(self) -> Iterator[Attempt]:
         yield from (out for out in self._out.values() if self._is_stuck(out))
+        late = [sent for sent in self._sent.values() if time.monotonic() - sent.since > self._floor_s]
+        killed = {sent.actor._actor_id for sent in late}
         for sent in self._sent.values():
-            if time.monotonic() - sent.since > self._floor_s:
-                sent.since = math.inf  # once: it may be the driver that stands still
-                yield sent
+            if sent.actor._actor_id in killed:
+                sent.since = math.inf  # once for all that it sent: it may be the driver that stands still
+        yield from late
 
     def _is_stuck(self, out: Attempt) -> bool:
         limit_s = max(self._floor_s, (PACE * self._pace_s or SLOWEST_S) * out.piece.num_rows)

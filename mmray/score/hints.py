@@ -21,10 +21,10 @@ def hints(rows: int, reasons: Mapping[str, int], image_roots: Sequence[str]) -> 
         counts[name.partition("/")[2]] += count
     where = " and ".join(image_roots)
     told = {
-        Reason.MISSING: f"most images are not beneath {where}, which relative paths are resolved against; give the "
+        Reason.MISSING: f"most images are not where they are looked for, relative paths beneath {where}; give the "
         "folder that they are relative to with --image-root",
-        Reason.NOT_ALLOWED: f"most images lie outside of {where}, and nothing else is read; allow where they lie with "
-        "--image-root: a folder, s3://BUCKET or https://HOST",
+        Reason.NOT_ALLOWED: f"most images lie outside of {where} or may not be opened; allow where they lie with "
+        "--image-root, a folder, s3://BUCKET or https://HOST, or give the right to read them",
         Reason.BAD_FORMAT: "most images are of no format that is known; see one with `mmray explain-row`, and name the "
         "right column with --image-column",
         Reason.IMAGE_NULL: "most rows have no image; name the right column with --image-column",

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.errors import ConfigError, EnvironmentFaultError
+from mmray.errors import ConfigError, EnvironmentFaultError, TableError
 from mmray.options import ScoreConfig
 from mmray.score.attempts import Attempts
 from mmray.score.carry import Carry
@@ -48,10 +48,17 @@ class ScoreResult:
     """What to do where most rows lack something."""
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Reads the scored rows as one table, which has to fit in memory; all columns by default."""
+        """Reads the scored rows as one table, which has to fit in memory; all columns by default.
+
+        Raises:
+            TableError: there is no such column, or files of the input have types that no one table can have.
+        """
         store = open_store(self.output)
         files = (store.open(key) for key in store.list("data"))
-        return pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+        try:
+            return pa.concat_tables([pq.read_table(f, columns=columns) for f in files], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise TableError(f"cannot read {self.output}/data as one table: {error}; read its files apart") from error
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -116,8 +123,7 @@ def score_plan(
     success = target.success()
     if success is not None:
         ledger = Ledger.from_dict(success["ledger"])
-        told = hints(ledger.rows, ledger.reasons, plan.image_roots)
-        return ScoreResult(output, ledger, len(plan.slices), 0, time.perf_counter() - started, None, told)
+        return _result(output, plan, ledger, 0, started, None)
     done = target.committed(plan.hash)
     todo = tuple(piece for piece in plan.slices if piece.index not in done)
     on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done))
@@ -131,8 +137,15 @@ def score_plan(
         manifest.add(receipt)
     Attempts(target.store).clear()
     ledger = target.finalize(plan, manifest, options.max_error_rate)
-    seconds, told = time.perf_counter() - started, hints(ledger.rows, ledger.reasons, plan.image_roots)
-    return ScoreResult(output, ledger, len(plan.slices), len(todo), seconds, _steady_rate(times), told)
+    return _result(output, plan, ledger, len(todo), started, _steady_rate(times))
+
+
+def _result(
+    output: str, plan: Plan, ledger: Ledger, scored_slices: int, started: float, steady_rate: float | None
+) -> ScoreResult:
+    told = hints(ledger.rows, ledger.reasons, plan.image_roots)
+    seconds = time.perf_counter() - started
+    return ScoreResult(output, ledger, len(plan.slices), scored_slices, seconds, steady_rate, told)
 
 
 def _run(
@@ -166,11 +179,10 @@ def _on_ray(
     with cluster(cpus_for(options)), foreman_of(todo, options) as foreman, stoppable(foreman.finish):
         meters = RunMeters(plan.hash[:8], len(plan.slices), len(plan.slices) - len(todo))
         name, given = f"mmray score {plan.hash[:8]}", (*arguments, carry, foreman.actor)
-        slices = map_slices(todo, Placed, given, options, name, max_retries=max_deaths, spare=True)
+        slices = map_slices(todo, Placed, given, options, name, max_retries=max_deaths, heard=foreman.received)
         try:
             with closing(slices) as rows:
                 for row in rows:
-                    foreman.received(row["slice"])
                     meters.slice_done()
                     yield receipt_from_row(row)
             foreman.wait_if_finishing()

@@ -19,8 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from mmray.errors import ConfigError, EnvironmentFaultError, MmrayError, named
-from mmray.machine import KEEP_MEMORY, given_address, local_cpus
+from mmray.errors import EnvironmentFaultError, MmrayError, named
+from mmray.machine import KEEP_MEMORY, given_address, local_cpus, missing_gpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
@@ -51,15 +51,28 @@ def places(options: ScoreConfig) -> list[dict[str, str]]:
     """
     if not options.gpus_per_actor:
         return [ON_CPU] * (options.num_actors or local_cpus())
-    gpus = _gpus()
-    fit = int(len(gpus) / options.gpus_per_actor)
-    if not fit:
-        raise ConfigError(
-            f"{options.gpus_per_actor:g} GPUs for each process were asked for, and this machine has {len(gpus)}; leave "
-            "--gpus out, or run where there are some"
-        )
-    count = min(options.num_actors or fit, fit)
-    return [{"CUDA_VISIBLE_DEVICES": gpus[int(k * options.gpus_per_actor)]} for k in range(count)]
+    names = share(_gpus(), options.gpus_per_actor)
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: options.num_actors]]
+
+
+def share(gpus: Sequence[str], each: float) -> list[str]:
+    """Returns the GPU of each process, where each holds so many of them, or such a fraction of one.
+
+    Raises:
+        ConfigError: there are too few for one process.
+    """
+    apart = [gpus[int(k * each)] for k in range(int(len(gpus) / each))]
+    names = apart if each >= 1 else [*gpus] * int(1 / each + 1e-9)  # in turns: few are spread, none lies across two
+    if not names:
+        raise missing_gpus(each, len(gpus))
+    return names
+
+
+def settled(options: ScoreConfig, processes: int) -> ScoreConfig:
+    """Returns the options with the threads that decode beside a GPU: the CPUs, shared among the processes."""
+    if not options.gpus_per_actor or options.decode_threads:
+        return options
+    return options.model_copy(update={"decode_threads": max(local_cpus() // processes, 1)})
 
 
 def _gpus() -> list[str]:
@@ -129,10 +142,7 @@ class LocalPool:
         """Whether a process died, or raised what is not an error of ours."""
         self._processes: dict[Connection, _Process] = {}
         self._places = places(options)[: len(slices)]
-        if options.gpus_per_actor and not options.decode_threads:
-            threads = max(local_cpus() // len(self._places), 1)
-            options = options.model_copy(update={"decode_threads": threads})
-        self._arguments = (*arguments, options), {"carry": carry}
+        self._arguments = (*arguments, settled(options, len(self._places))), {"carry": carry}
 
     def receipts(self) -> Iterator[Receipt]:
         """Yields the receipt of each slice as it is committed.

@@ -38,7 +38,7 @@ def with_two_labels(settled: Config, given: Config, labels: Mapping[str, int]) -
 
 
 def refuse_names_of_rows(config: Config, labels: Mapping[str, int], rows: int) -> None:
-    """Refuses classes of which hardly any comes twice: those are numbers, or names of rows.
+    """Refuses classes of fewer than two rows each: those are numbers, or names of rows.
 
     Raises:
         ConfigError: so it is with the label column.
