@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,12 +53,9 @@ def pids_at_work(output: Path) -> list[int]:
     return found
 
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 5, signal.SIGKILL: -signal.SIGKILL}
-
-
-def check_interruptions(output: Path, command: list[object], slices: int, signals: Iterable[signal.Signals]) -> None:
-    """Interrupts, stops or kills a command that scores, and sees it resume each time, and end with every row."""
-    for kill in signals:
+def check_interruptions(output: Path, command: list[object], slices: int) -> None:
+    """Interrupts, stops and kills a command that scores, and sees it resume each time, and end with every row."""
+    for kill, code in ((signal.SIGINT, 130), (signal.SIGTERM, 5), (signal.SIGKILL, -signal.SIGKILL)):
         before = num_parts(output)
         with started(*command) as process:
             wait_for(lambda: num_parts(output) > before or process.poll() is not None)  # noqa: B023
@@ -67,7 +64,7 @@ def check_interruptions(output: Path, command: list[object], slices: int, signal
             else:
                 process.send_signal(kill)
             _, errors = process.communicate()
-        assert process.returncode == CODES[kill], errors
+        assert process.returncode == code, errors
         assert "Traceback" not in errors
         if kill is not signal.SIGKILL:
             assert "the same command continues" in errors.splitlines()[-1]

@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import score_in_process
-from processes import ALONE, CODES, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
+from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import BundleError
@@ -82,15 +82,15 @@ def test_every_odd_image_gets_a_status_and_nothing_is_said_on_the_terminal(
     assert mmray("verify", tmp_path / "out", "--level", "2").returncode == 0
 
 
-# SIGTERM goes the way of Ctrl-C, and one step further; kill.py kills.
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], pytest.param(list(CODES), marks=pytest.mark.long)])
+# In short, test_local.py stops a run, test_train.py a step on Ray, and test_kill.py kills.
+@pytest.mark.long
 def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
-    rows: Path, bundle: str, tmp_path: Path, signals: list[signal.Signals]
+    rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     command = ["score", bundle, rows, output, "--slice-rows", 3, "--actors", 2, "--no-local"]
     slices = len(make_plan(bundle, str(rows), ScoreConfig(slice_rows=3)).slices)
-    check_interruptions(output, command, slices, signals)
+    check_interruptions(output, command, slices)
 
 
 INTERRUPTED = """

@@ -78,6 +78,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         yield Deployed(head, tmp_path_factory.mktemp("deployed"))
 
 
+@pytest.mark.long  # in short, test_serve.py swaps one
 @pytest.mark.ray
 def test_another_bundle_in_the_serve_config_is_swapped_in_without_a_failed_request(
     deployed: Deployed, tmp_path: Path

@@ -29,7 +29,7 @@ LAYERS = (
     {"train", "score", "serve"},
     {"evaluate", "parity", "schedule"},
     {"report", "progress"},
-    {"summary"},
+    {"summary", "account"},
     {"demo", "compare", "tune"},
     {"commands"},
     {"cli"},

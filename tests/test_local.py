@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import score_in_process
-from processes import CODES, check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
+from processes import check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import ConfigError
@@ -74,8 +74,7 @@ def test_a_run_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local"]
-    check_interruptions(output, command, 240, CODES)
+    check_interruptions(output, ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local"], 240)
 
 
 def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(

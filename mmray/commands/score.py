@@ -120,9 +120,9 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from mmray.account import scoring_report
     from mmray.errors import ConfigError
     from mmray.report import write_report
-    from mmray.summary import scoring_report
 
     folder = args.to or args.output
     if "://" in folder:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from mmray.account import scoring_section
 from mmray.cluster import cluster
 from mmray.config import Config
 from mmray.config_file import load_config
@@ -24,7 +25,7 @@ from mmray.report import write_report
 from mmray.report.sections import Headline, Report
 from mmray.score.job import ScoreResult, score_table
 from mmray.score.verify import VerifyReport, verify_output
-from mmray.summary import evaluation_report, scoring_section
+from mmray.summary import evaluation_report
 from mmray.train.job import TrainResult, train_model
 
 SCORED_FILES = 4
