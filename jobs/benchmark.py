@@ -8,7 +8,7 @@
     python jobs/benchmark.py train [--rows 4000] [--photos DIR]   training beside a bare loop over the same steps
     python jobs/benchmark.py peers [--rows 4000] [--photos DIR]   scoring beside other systems, whole processes
     python jobs/benchmark.py scale --rows 100000 [--photos DIR]   how seconds and memory grow with the rows
-    python jobs/benchmark.py gpu --rows 100000 [--photos DIR]   scoring by a GPU, and what keeps it waiting
+    python jobs/benchmark.py gpu --rows 100000 [--photos DIR]     scoring by a GPU, and what keeps it waiting
     python jobs/benchmark.py serve [--photos DIR] [--soak 600]    the endpoint beside the same predictor
 
 All but `demo` make their own table: JPEGs of about 500x375 cut from photographs (or from the demo's drawings), texts
@@ -74,6 +74,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return measure_scale(folder, args.rows, args.photos, args.precision)
     rows = {"plan": MIN_ROWS, "serve": ROWS}.get(args.what, args.rows)
     table = make_table(folder / "table", rows, args.photos)
+    if args.what == "train":  # which makes its own model
+        return measure_training(folder, table, args.repeats)
     bundle = make_bundle(folder, args.network)
     match args.what:
         case "score":
@@ -86,8 +88,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return measure_store(folder, bundle, args.repeats, args.processes)
         case "plan":
             return measure_plan(folder, bundle, args.slices)
-        case "train":
-            return measure_training(folder, table, args.repeats)
     return measure_serving(bundle, table, args.seconds, args.soak)
 
 

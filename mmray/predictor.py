@@ -255,6 +255,7 @@ def load_predictor(bundle: str, options: ScoreConfig | None = None) -> Predictor
     Raises:
         BundleError: it is damaged, or its golden rows come out differently here.
         ConfigError: a root is malformed, or there is no GPU.
+        EnvironmentFaultError: a root is not there.
     """
     loaded, options = load_bundle(bundle), options or ScoreConfig()
     source = ImageSource(options.image_roots, loaded.config.image.max_bytes, options.on_unavailable)

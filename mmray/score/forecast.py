@@ -6,7 +6,7 @@ writes nothing. Unlike a run, it does not outlive a row that kills the process t
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.predictor import Predictor
 from mmray.profile import SAMPLE_ROWS, Look, Profile, cells_of, look_at, spread_out
 from mmray.score.hints import hints
+from mmray.score.ledger import Ledger
 from mmray.score.local import places, scores_here, settled
 from mmray.score.plan import make_plan
 from mmray.slices import Slice, read_slice
@@ -99,7 +100,7 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     pieces = spread_out(plan.slices, sample)
     look, columns, bytes_each = _look(predictor, pieces)
     scores, rows = look.scores.to_pylist(), look.profile.rows
-    reasons = dict(Counter(filter(None, map(_reason, scores))).most_common())
+    reasons = dict(Ledger.of(look.scores, bundle.score_range).reasons_by_count())
     prepare_ms, predict_ms = 1000 * look.prepare_s / rows, 1000 * look.predict_s / rows
     cost = _cost(prepare_ms, predict_ms, processes, options)
     found = Forecast(
@@ -181,21 +182,14 @@ def _growth(before: tuple[int, int]) -> int:
     return IMPORTS_BYTES + (peak if peak > before[1] else resident) - before[0]
 
 
-def _reason(row: dict[str, Any]) -> str | None:
-    return f"{row['status']}/{row['reason']}" if row["reason"] else None
-
-
 def _examples(scores: Sequence[dict[str, Any]], pieces: Sequence[Slice]) -> dict[str, str]:
     """Returns the first row of each reason, by its place in the input."""
     found: dict[str, str] = {}
-    for name, row in zip(_names(pieces), scores, strict=True):
-        if reason := _reason(row):
-            found.setdefault(reason, f"{name}: {row['reason_detail']}")
+    names = (f"{piece.uri}:{piece.first_row + k}" for piece in pieces for k in range(piece.num_rows))
+    for name, row in zip(names, scores, strict=True):
+        if row["reason"]:
+            found.setdefault(f"{row['status']}/{row['reason']}", f"{name}: {row['reason_detail']}")
     return found
-
-
-def _names(pieces: Sequence[Slice]) -> Iterator[str]:
-    return (f"{piece.uri}:{piece.first_row + k}" for piece in pieces for k in range(piece.num_rows))
 
 
 def _comparable(cell: Any) -> Any:
