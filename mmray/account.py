@@ -3,7 +3,8 @@
 Reads a finished run -> gives a `Report`.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,26 +14,45 @@ from mmray.bundle_info import BundleInfo, read_info
 from mmray.errors import BundleError, ConfigError, TableError
 from mmray.histogram import HISTOGRAM_BINS, stability_index
 from mmray.profile import Profile
-from mmray.report.sections import Headline, Histogram, ReasonCount, Report, Scoring
+from mmray.report.sections import (
+    Curve,
+    Headline,
+    Histogram,
+    ReasonCount,
+    Report,
+    ScoredGroup,
+    Scoring,
+    Speed,
+    histogram,
+)
 from mmray.score.commit import Output
 from mmray.score.ledger import Ledger
+from mmray.score.pace import STAGES
 from mmray.score.problems import problems
+from mmray.score.samples import sample_scored
+from mmray.score.scored import Group, grouped, image_weights
 from mmray.score.verify import VerifyReport, verify_output
 from mmray.table import Reason
 
 MAX_EXAMPLES = 3  # of each reason
+MAX_GROUPS = 20  # of a column; the rows of rarer values are one more
+RATES = 30  # points of a rate over time
 
 
-def scoring_report(output: str, bundle: str | None = None, before: str | None = None) -> Report:
+def scoring_report(
+    output: str, bundle: str | None = None, before: str | None = None, *, by: str | None = None, samples: int = 0
+) -> Report:
     """Returns the report page of a run that is complete.
 
     Args:
         output: scored folder.
         bundle: where the bundle is now; by default where the run had it.
         before: scored folder to compare with.
+        by: column whose values group the rows.
+        samples: rows to show with picture and text; none of either leaves the table otherwise.
 
     Raises:
-        TableError: one of the outputs is not complete.
+        TableError: one of the outputs is not complete, or has no such column.
         BundleError: there is no bundle, or it is another.
         ConfigError: the scores of the two cannot be compared.
     """
@@ -45,14 +65,22 @@ def scoring_report(output: str, bundle: str | None = None, before: str | None = 
     if before is not None:
         others["before"] = _scores_before(before, info)
     verified = verify_output(output)
+    section = scoring_section(
+        ledger, success["slices"], info.score_range, verified, examples=_examples(output, ledger, verified)
+    )
+    if others:
+        section["scores_elsewhere"] = _curves({"this run": ledger.histogram, **others}, info.score_range)
+    if verified.passed:  # of what is broken, no more is said than that
+        section |= _of_rows(output, by)  # type: ignore[typeddict-item]
+        section |= {"samples": sample_scored(output, uri, owner, samples)} if samples else {}
+    if (pace := Output(output).pace()) is not None:
+        section["speed"] = _speed(pace)
     return {
         "title": f"Scores of a {info.config.task.kind} model",
         "subtitle": f"{ledger.rows:,} rows of {owner['table']}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": _scoring_tiles(ledger, others),
-        "scoring": scoring_section(
-            ledger, success["slices"], info.score_range, verified, examples=_examples(output, ledger, verified)
-        ),
+        "scoring": section,
         "provenance": {
             "fingerprint": info.fingerprint,
             "bundle": uri,
@@ -71,6 +99,59 @@ def _scoring_tiles(ledger: Ledger, others: Mapping[str, tuple[int, ...]]) -> lis
     return tiles + [
         {"label": f"stability index, scores {when}", "value": f"{index:.3f}"} for when, index in indices.items()
     ]
+
+
+def _curves(histograms: Mapping[str, Sequence[int]], score_range: tuple[float, float]) -> list[Curve]:
+    """Returns what share of the rows has which score."""
+    edges = np.linspace(*score_range, HISTOGRAM_BINS + 1)
+    middles = ((edges[1:] + edges[:-1]) / 2).tolist()
+    return [
+        {"name": name, "points": [(at, count / max(sum(counts), 1)) for at, count in zip(middles, counts, strict=True)]}
+        for name, counts in histograms.items()
+    ]
+
+
+def _of_rows(output: str, by: str | None) -> dict[str, Any]:
+    """Returns what can only be said after a look at the rows."""
+    found: dict[str, Any] = {}
+    weights = image_weights(output)
+    if len(weights):
+        found["image_weight"] = {"value": float(weights.mean()), "rows": histogram(weights, 0.0, 1.0)}
+    if by is not None:
+        found["groups"] = {by: _groups(grouped(output, by))}
+    return found
+
+
+def _groups(groups: Sequence[Group]) -> list[ScoredGroup]:
+    shown = list(groups[:MAX_GROUPS])
+    if rest := groups[MAX_GROUPS:]:
+        others = Group("(other values)", score_sum=sum(g.score_sum for g in rest), scored=sum(g.scored for g in rest))
+        others.statuses = dict(sum((Counter(group.statuses) for group in rest), Counter[str]()))
+        shown.append(others)
+    return [
+        {
+            "name": group.name,
+            "rows": group.rows,
+            "ok": group.statuses.get("ok", 0),
+            "degraded": group.statuses.get("degraded", 0),
+            "failed": group.statuses.get("failed", 0),
+            "mean_score": group.mean_score,
+        }
+        for group in shown
+    ]
+
+
+def _speed(pace: Mapping[str, Any]) -> Speed:
+    """Returns the rate over time, of rows that were done by some times, and what the time went to."""
+    seconds, rows = (np.asarray(values, float) for values in zip(*([(0.0, 0.0), *pace["rows_over_time"]]), strict=True))
+    edges = np.linspace(0, seconds[-1], min(RATES, len(seconds) - 1) + 1)
+    rates = np.diff(np.interp(edges, seconds, rows)) / np.diff(edges)
+    total = sum(pace["stages"].values()) or 1.0
+    return {
+        "seconds": pace["seconds"],
+        "rate": list(zip(((edges[1:] + edges[:-1]) / 2).round(2).tolist(), rates.round(1).tolist(), strict=True)),
+        "stages": [(name, pace["stages"][key] / total) for key, name in STAGES.items() if key in pace["stages"]],
+    }
 
 
 def _scores_before(output: str, info: BundleInfo) -> tuple[int, ...]:

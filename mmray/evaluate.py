@@ -7,7 +7,7 @@ targets (4 bytes for each label, view and weight), not rows.
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,14 @@ class Evaluation:
 
 
 def evaluate_bundle(
-    bundle: str, table: str, options: ScoreConfig | None = None, *, split: str | None = None, by: str | None = None
+    bundle: str,
+    table: str,
+    options: ScoreConfig | None = None,
+    *,
+    split: str | None = None,
+    by: str | None = None,
+    on_start: Callable[[int], None] = lambda rows: None,
+    on_slice: Callable[[int], None] = lambda rows: None,
 ) -> Evaluation:
     """Measures a bundle on the labelled rows of a table.
 
@@ -91,6 +98,8 @@ def evaluate_bundle(
         options: columns, roots and placement, as in scoring.
         split: value of the bundle's split column that rows must have; all rows by default.
         by: column whose values group the rows, each group measured by itself.
+        on_start: called with the rows of the table.
+        on_slice: called with the rows of each slice as it is done.
 
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
@@ -99,10 +108,14 @@ def evaluate_bundle(
     info = read_info(bundle)
     slices, roots = plan_slices(info, table, options, split, by)
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
+    found, rows = list[dict[str, Any]](), {piece.index: piece.num_rows for piece in slices}
+    on_start(sum(rows.values()))
     with cluster(cpus_for(options)):
         try:
             arguments = (open_store(bundle).uri, roots, split, by)
-            found = list(map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"))
+            for row in map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"):
+                found.append(row)
+                on_slice(rows[row["slice"]])
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
     return measure_slices(info, found, table, split)

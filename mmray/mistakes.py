@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmray.predictor import Predictor
+from mmray.preprocess import Features
 from mmray.preprocess.image import thumbnail
 
 NUM_MISTAKES = 12
@@ -65,8 +66,8 @@ def worst_rows(
             "label": _named(task, labels, targets[k]),
             "predicted": _named(task, labels, outputs[k].argmax() if task in ("binary", "multiclass") else outputs[k]),
             "probability": float(outputs[k].max()) if task in ("binary", "multiclass") else None,
-            "text": _shortened(columns["text"][k]) if "text" in columns else None,
-            "thumbnail": _data_uri(features.arrays["image"][place]) if _has_image(features.present, place) else None,
+            "text": shortened(columns["text"][k]) if "text" in columns else None,
+            "thumbnail": picture(features, place),
         }
         for place, k in enumerate(order)
     ]
@@ -100,16 +101,17 @@ def _named(task: str, labels: Sequence[str], value: Any) -> str:
     return labels[int(value)]
 
 
-def _shortened(text: Any) -> str | None:
+def shortened(text: Any) -> str | None:
+    """Returns a text on one line, and no more of it than a page has room for."""
     if text is None:
         return None
     words = " ".join(str(text).split())
     return words if len(words) <= MAX_CHARACTERS else words[: MAX_CHARACTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _has_image(present: Mapping[str, NDArray[np.bool_]], place: int) -> bool:
-    return "image" in present and bool(present["image"][place])
-
-
-def _data_uri(pixels: Any) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(thumbnail(pixels, THUMBNAIL_SIDE)).decode()
+def picture(features: Features, row: int) -> str | None:
+    """Returns a row's picture as the model sees it, as a data URI; None where it has none."""
+    if not ("image" in features.present and features.present["image"][row]):
+        return None
+    jpeg = thumbnail(features.arrays["image"][row], THUMBNAIL_SIDE)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

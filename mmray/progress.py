@@ -1,87 +1,234 @@
-"""How far a long step is: a bar with rate and remaining time in a terminal, plain lines elsewhere."""
+"""How far a long step is: a bar in a terminal, plain lines elsewhere, events for machines, or nothing.
 
+Reads what each slice did -> shows rows done, their rate, the time left, what is not ok, and where the time goes.
+"""
+
+import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from mmray.score.pace import shares
+
+if TYPE_CHECKING:
+    from mmray.score.commit import Receipt
+    from mmray.score.plan import Plan
 
 LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives, seldom enough for a log
+EVENT_EVERY_S = 1.0
+
+
+@dataclass
+class State:
+    """How far a step is."""
+
+    what: str
+    rows: int
+    done: int
+    rows_per_s: float = 0.0
+    seconds_left: float | None = None
+    """None while nothing is known of the rate."""
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Status -> rows, of those done now."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """Stage -> seconds, over all processes."""
+    slices_at_work: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it in JSON's own types."""
+        stages = {stage: round(seconds, 3) for stage, seconds in self.stages.items()}
+        return {**asdict(self), "rows_per_s": round(self.rows_per_s, 1), "stages": stages}
+
+    def notes(self) -> Iterator[str]:
+        """Yields what there is to say beside how many rows are done."""
+        bad = {status: rows for status, rows in self.statuses.items() if status != "ok" and rows}
+        if bad:
+            yield ", ".join(f"{rows:,} {status}" for status, rows in bad.items())
+        if self.stages:
+            yield shares(self.stages)
+        if self.slices_at_work is not None:
+            yield f"{self.slices_at_work:,} slices at work"
+
+
+def duration(seconds: float) -> str:
+    """Returns some time for people, in its two largest units at most."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Display(Protocol):
+    """Where a state is shown."""
+
+    every_s: float
+    """Seconds between two looks at what costs a request."""
+
+    def show(self, state: State) -> None:
+        """Shows a state, as often as is fit."""
+
+    def stop(self) -> None:
+        """Takes away what would stay."""
 
 
 class RowProgress:
     """Counts rows as they are done."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._bar = console, _bar(console)
-        self._task: TaskID | None = None
-        self._what, self._total, self._done, self._noted = "", 0, 0, 0
-        self._started = self._last_line = time.monotonic()
+    def __init__(self, display: Display) -> None:
+        self._display, self._state = display, State("", 0, 0)
+        self._at_work: Callable[[], int] | None = None
+        self._since, self._counted, self._looked = 0.0, 0, 0.0
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """Begins with a number of rows, some of which may be done."""
-        self._what, self._total, self._done = what, total, done
-        if self._console.is_terminal:
-            self._task = self._bar.add_task(what, total=total, completed=done, note="")
-            self._bar.start()
+    def start(self, what: str, rows: int, done: int = 0, at_work: Callable[[], int] | None = None) -> None:
+        """Begins with a number of rows, some of which may be done.
 
-    def advance(self, rows: int, note: str = "") -> None:
-        """Counts rows that are done."""
-        self._done += rows
-        self._noted += rows
-        now = time.monotonic()
-        rate = self._noted / max(now - self._started, 1e-9)
-        if self._task is not None:
-            self._bar.update(self._task, advance=rows, note=f"{rate:,.0f} rows/s {note}")
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            left = (self._total - self._done) / rate
-            self._console.print(
-                f"{self._what}: {self._done:,} of {self._total:,} rows, {rate:,.0f} rows/s, {left:,.0f} s left {note}"
-            )
+        Args:
+            what: is done to them.
+            rows: how many there are.
+            done: how many of them are.
+            at_work: gives the number of slices that are being worked at.
+        """
+        self._state, self._at_work = State(what, rows, done), at_work
+        self._since, self._counted = monotonic(), 0
+        self._display.show(self._state)
+
+    def advance(
+        self, rows: int, statuses: Mapping[str, int] | None = None, stages: Mapping[str, float] | None = None
+    ) -> None:
+        """Counts rows that are done, by status, and the seconds that went into each stage."""
+        state, now = self._state, monotonic()
+        state.done += rows
+        for status, number in (statuses or {}).items():
+            state.statuses[status] = state.statuses.get(status, 0) + number
+        for stage, seconds in (stages or {}).items():
+            state.stages[stage] = state.stages.get(stage, 0.0) + seconds
+        if self._counted:
+            state.rows_per_s = self._counted / max(now - self._since, 1e-9)
+            state.seconds_left = round((state.rows - state.done) / state.rows_per_s, 1)
+            self._counted += rows
+        else:  # what the first ones took is the start of the processes, which says nothing of the rest
+            self._since, self._counted = now, rows
+        if self._at_work is not None and now - self._looked >= self._display.every_s:
+            self._looked, state.slices_at_work = now, self._at_work()
+        self._display.show(state)
 
     def of_scoring(self) -> dict[str, Any]:
         """Returns the callbacks of `score_table` that show it."""
-        return {
-            "on_start": lambda plan, done: self.start("scoring", plan.num_rows, done),
-            "on_slice": lambda ledger: self.advance(ledger.rows),
-        }
 
-    def stop(self) -> None:
-        """Takes the bar away."""
-        if self._task is not None:
-            self._bar.stop()
+        def start(plan: "Plan", done: int, at_work: Callable[[], int]) -> None:
+            self.start("scoring", plan.num_rows, done, at_work)
+
+        def advance(receipt: "Receipt") -> None:
+            self.advance(receipt.ledger.rows, receipt.ledger.statuses, receipt.seconds)
+
+        return {"on_start": start, "on_slice": advance}
 
 
 @contextmanager
-def row_progress() -> Iterator[RowProgress]:
-    """Yields a progress display on stderr for the duration of a `with` block."""
-    progress = RowProgress(Console(file=sys.stderr, highlight=False))
+def row_progress(*, quiet: bool = False, events: bool = False) -> Iterator[RowProgress]:
+    """Yields a progress display for the duration of a `with` block.
+
+    Args:
+        quiet: shows nothing.
+        events: writes JSON lines to stdout, for machines; else it is for people, on stderr.
+    """
+    display = _display(quiet, events)
     try:
-        yield progress
+        yield RowProgress(display)
     finally:
-        progress.stop()
+        display.stop()
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+def event(name: str, **fields: Any) -> None:
+    """Writes a JSON line to stdout."""
+    print(json.dumps({"event": name, **fields}), flush=True)
+
+
+def _display(quiet: bool, events: bool) -> Display:
+    if events:
+        return _Events()
+    if quiet:
+        return _Nothing()
+    console = Console(file=sys.stderr, highlight=False)
+    return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class _Nothing:
+    every_s = float("inf")
+
+    def show(self, state: State) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class _Events:
+    every_s = EVENT_EVERY_S
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def show(self, state: State) -> None:
+        now = monotonic()
+        if now - self._last >= self.every_s or state.done == state.rows:
+            self._last = now
+            event("progress", **state.to_dict())
+
+    def stop(self) -> None:
+        pass
+
+
+class _Lines:
+    every_s = LINE_EVERY_S
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, monotonic()
+
+    def show(self, state: State) -> None:
+        now = monotonic()
+        if now - self._last < self.every_s or state.seconds_left is None:
+            return
+        self._last = now
+        rate = f"{state.rows_per_s:,.0f} rows/s, {duration(state.seconds_left)} left"
+        line = f"{state.what}: {state.done:,} of {state.rows:,} rows, {rate}"
+        self._console.print("; ".join([line, *state.notes()]), soft_wrap=True)
+
+    def stop(self) -> None:
+        pass
+
+
+class _Bar(Progress):
+    every_s = EVENT_EVERY_S
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
+        self._notes = ""
+        super().__init__(*columns, console=console, transient=True)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self._notes:  # on a line of their own: a bar and all of them are wider than many a terminal
+            yield Text(self._notes, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def show(self, state: State) -> None:
+        if not self.tasks:
+            self.add_task(state.what, total=state.rows, completed=state.done, rate="starting")
+            self.start()
+            return
+        left = state.seconds_left
+        rate = "" if left is None else f"{state.rows_per_s:,.0f} rows/s, {duration(left)} left"
+        self._notes = "; ".join(state.notes())
+        self.update(self.tasks[0].id, completed=state.done, rate=rate)

@@ -13,6 +13,7 @@ from models import saved_bundle, score_in_process
 from mmray.bundle_info import read_info
 from mmray.cli import build_parser, main
 from mmray.options import ScoreConfig
+from mmray.score.commit import Output
 
 COMMANDS = next(action for action in build_parser()._actions if isinstance(action.choices, dict)).choices
 
@@ -72,6 +73,22 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     assert "stability index, scores before" in page
     assert "secret" not in page + (output / "report.json").read_text()
     assert "command" not in report["provenance"], "that of the report made no score"
+    speed = {"seconds": 4.0, "stages": {"prepare": 1.0, "forward": 3.0}, "rows_over_time": [[1.0, 10], [3.0, 20]]}
+    Output(str(output)).note_pace(speed)
+    shown = ["--by", "label", "--samples", "3", "--to", str(tmp_path / "more")]
+    assert main(["report", str(output), *shown]) == 0
+    more, page = ((tmp_path / "more" / name).read_text() for name in ("report.json", "report.html"))
+    scoring = json.loads(more)["scoring"]
+    assert sum(group["rows"] for group in scoring["groups"]["label"]) == 20
+    assert {group["name"] for group in scoring["groups"]["label"]} == {"blue", "green", "red"}
+    assert scoring["speed"]["rate"] == [[0.75, 8.3], [2.25, 5.0]]
+    scores = [sample["score"] for sample in scoring["samples"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores)
+    assert page.count("data:image/jpeg;base64,") >= 2
+    assert "secret" not in more + page, "which is a path"
+    capsys.readouterr()
+    assert "which makes no groups" in fails(capsys, ["report", str(output), "--by", "both"])
     other = saved_bundle(tmp_path / "other", rows, seed=1)
     capsys.readouterr()
     assert "is not the one that scored this" in fails(capsys, ["report", str(output), "--bundle", other])

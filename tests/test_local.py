@@ -1,6 +1,7 @@
 """Scoring without Ray, by processes of this machine: the same files, and what is killed is replaced."""
 
 import dataclasses
+import json
 import os
 import signal
 from contextlib import suppress
@@ -26,9 +27,15 @@ def test_it_gives_the_files_of_one_process_byte_for_byte_and_loads_no_ray(
 ) -> None:
     output, options = tmp_path / "out", ScoreConfig(slice_rows=30)
     (tmp_path / "ray.py").write_text("raise ImportError('not here')")
-    run = mmray("score", bundle, rows, output, "--slice-rows", 30, "--actors", 2, PYTHONPATH=str(tmp_path))
-    assert run.returncode == 0, run.stderr
-    assert "240 rows: 240 ok" in run.stdout
+    run = mmray("score", bundle, rows, output, "--slice-rows", 30, "--actors", 2, "--json", PYTHONPATH=str(tmp_path))
+    assert (run.returncode, run.stderr) == (0, "")
+    *events, done = map(json.loads, run.stdout.splitlines())
+    assert {event["event"] for event in events} == {"progress"}
+    assert (events[0]["done"], events[-1]["done"]) == (0, 240)
+    assert (done["event"], done["rows"], done["statuses"]) == ("done", 240, {"ok": 240})
+    assert done["rows_over_time"][-1][1] == 240, "rows over time"
+    assert done["stages"].keys() == {"read", "prepare", "forward", "commit"}
+    assert all(seconds > 0 for seconds in done["stages"].values())
     score_in_process(bundle, str(rows), str(tmp_path / "alone"), options)
     assert scored_files(output) == scored_files(tmp_path / "alone")
     assert mmray("verify", output, "--level", 2).returncode == 0

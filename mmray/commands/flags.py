@@ -29,7 +29,7 @@ def add_placement(parser: Any) -> None:
     parser.add_argument("--actors", type=int, metavar="N", help="processes (default: one per CPU, or per GPU)")
     parser.add_argument("--gpus", type=float, metavar="N", help="GPUs of each process, or a fraction (default: 0)")
     parser.add_argument("--node-label", action="append", metavar="K=V", help="run on such nodes only; repeatable")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32")
+    parser.add_argument("--precision", metavar="P", help="auto, bf16 or fp32 (default: fp32)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32; on a GPU 256)")
     parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
     parser.add_argument("--reads", type=int, metavar="N", help="images of a store read at a time (default: 64)")
@@ -46,6 +46,17 @@ def add_score_options(parser: Any) -> None:
     parser.add_argument("--slice-rows", type=int, metavar="N", help="rows per output file at most")
     parser.add_argument("--stuck-after", type=float, metavar="S", help="seconds until a hang is one (default: 600)")
     parser.add_argument("--max-error-rate", type=float, metavar="X", help="share of rows that may fail (default: any)")
+
+
+def add_progress(parser: Any) -> None:
+    """Adds how a long step shows how far it is."""
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def add_events(parser: Any) -> None:
+    """Adds `add_progress`, also for machines."""
+    add_progress(parser)
+    parser.add_argument("--json", action="store_true", help="print progress and result as JSON lines")
 
 
 def score_config(args: argparse.Namespace) -> ScoreConfig:

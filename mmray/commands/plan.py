@@ -79,17 +79,13 @@ def _drift(found: "Forecast") -> Iterator[Line]:
 
 
 def _cost(found: "Forecast") -> Iterator[Line]:
+    from mmray.progress import duration
+
     where = "on the GPU" if found.gpu_hours else "in the model"
     yield "a row", f"{found.prepare_ms:.2f} ms to read and decode, {found.predict_ms:.2f} ms {where}"
     how = "without Ray" if found.without_ray else "on Ray"
     need = f"{found.processes * found.process_bytes / 2**20:,.0f} of {found.memory / 2**20:,.0f} MiB"
     yield "processes", f"{found.processes}, {how}; memory at most {need}"
-    yield "time", f"about {_duration(found.seconds)} on this machine; {found.limit} takes most of it"
+    yield "time", f"about {duration(found.seconds)} on this machine; {found.limit} takes most of it"
     gpu = f" and {found.gpu_hours:,.2f} GPU-hours" if found.gpu_hours else ""
     yield "a million", f"{found.core_hours:,.2f} core-hours{gpu}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from mmray.commands.flags import add_score_options, score_config, settings
+from mmray.commands.flags import add_events, add_score_options, score_config, settings
 
 
 def register(commands: Any) -> None:
@@ -26,7 +26,7 @@ def _add_tick(commands: Any) -> None:
     tick.add_argument("table", metavar="TABLE", help="parquet file, folder or glob")
     tick.add_argument("root", metavar="ROOT", help="folder or URI for runs and published lists")
     tick.add_argument("--full", action="store_true", default=None, help="score every file again")
-    tick.add_argument("--key", metavar="C", help="of files that changed, score the rows that did, told apart by C")
+    tick.add_argument("--key", metavar="C", help="score only changed rows of changed files, by key C")
     tick.add_argument(
         "--retry-failed", action="store_true", default=None, help="score files again that have a row that is not ok"
     )
@@ -35,15 +35,16 @@ def _add_tick(commands: Any) -> None:
     tick.add_argument("--keep", type=int, metavar="N", help="published lists that stay (default: 7)")
     tick.add_argument("--lease-s", type=float, metavar="S", help="a tick silent for so long is dead (default: 60)")
     add_score_options(tick)
+    add_events(tick)
     tick.set_defaults(run=_tick)
 
 
 def _tick(args: argparse.Namespace) -> None:
-    from mmray.progress import row_progress
+    from mmray.progress import event, row_progress
     from mmray.schedule.settings import ScheduleConfig
     from mmray.schedule.tick import tick
 
-    with row_progress() as progress:
+    with row_progress(quiet=args.quiet, events=args.json) as progress:
         result = tick(
             args.bundle,
             args.table,
@@ -52,7 +53,10 @@ def _tick(args: argparse.Namespace) -> None:
             settings(ScheduleConfig, args, {}),
             **progress.of_scoring(),
         )
-    print("\n".join(result.lines()))
+    if args.json:
+        event("done", **result.to_dict())
+    else:
+        print("\n".join(result.lines()))
 
 
 def _add_published(commands: Any) -> None:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from mmray.commands.flags import add_columns, add_score_options, score_config
+from mmray.commands.flags import add_columns, add_events, add_progress, add_score_options, score_config
 
 
 def register(commands: Any) -> None:
@@ -30,14 +30,15 @@ def _add_score(commands: Any) -> None:
     score.add_argument("table", metavar="INPUT", help="parquet file, folder or glob")
     score.add_argument("output", metavar="OUTPUT", help="folder that is new or of the same run")
     add_score_options(score)
+    add_events(score)
     score.set_defaults(run=_score)
 
 
 def _score(args: argparse.Namespace) -> None:
-    from mmray.progress import row_progress
+    from mmray.progress import event, row_progress
     from mmray.score.job import score_table
 
-    with row_progress() as progress:
+    with row_progress(quiet=args.quiet, events=args.json) as progress:
         result = score_table(
             args.bundle,
             args.table,
@@ -45,7 +46,10 @@ def _score(args: argparse.Namespace) -> None:
             score_config(args),
             **progress.of_scoring(),
         )
-    print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
+    if args.json:
+        event("done", **result.to_dict())
+    else:
+        print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
 
 
 def _add_verify(commands: Any) -> None:
@@ -61,6 +65,7 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="which rows (default: %(default)s)")
     verify.add_argument("--bundle", metavar="BUNDLE", help="for level 3 (default: where the run had it)")
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_progress(verify)
     verify.set_defaults(run=_verify)
 
 
@@ -68,9 +73,19 @@ def _verify(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from mmray.errors import VerifyError
+    from mmray.progress import row_progress
     from mmray.score.verify import verify_output
 
-    report = verify_output(args.output, args.level, sample=args.sample, seed=args.seed, bundle=args.bundle)
+    with row_progress(quiet=args.quiet) as progress:
+        report = verify_output(
+            args.output,
+            args.level,
+            sample=args.sample,
+            seed=args.seed,
+            bundle=args.bundle,
+            on_start=lambda rows: progress.start("verifying", rows),
+            on_slice=progress.advance,
+        )
     if args.json:
         print(json.dumps({**asdict(report), "passed": report.passed}, indent=1))
     elif report.passed:
@@ -115,6 +130,10 @@ def _add_report(commands: Any) -> None:
     report.add_argument("output", metavar="OUTPUT")
     report.add_argument("--to", metavar="DIR", help="folder for the page (default: OUTPUT)")
     report.add_argument("--before", metavar="OUTPUT", help="another run, to compare scores with")
+    report.add_argument("--by", metavar="C", help="column whose values group the rows")
+    report.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="show N rows with picture and text (default: none)"
+    )
     report.add_argument("--bundle", metavar="BUNDLE", help="where the bundle is now (default: where the run had it)")
     report.set_defaults(run=_report)
 
@@ -127,7 +146,10 @@ def _report(args: argparse.Namespace) -> None:
     folder = args.to or args.output
     if "://" in folder:
         raise ConfigError(f"the page is written to a local folder, and {folder!r} is none; name one with --to")
-    write_report(folder, scoring_report(args.output, args.bundle, args.before))
+    if args.samples < 0:
+        raise ConfigError(f"--samples: takes a number of rows, got {args.samples}")
+    found = scoring_report(args.output, args.bundle, args.before, by=args.by, samples=args.samples)
+    write_report(folder, found)
     print(os.path.join(folder, "report.html"))
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from mmray.commands.flags import add_placement, score_config
+from mmray.commands.flags import add_placement, add_progress, score_config
 from mmray.config_file import load_config
 from mmray.errors import ConfigError
 
@@ -87,11 +87,13 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--split", help="measure only rows with this value of the bundle's split column")
     evaluate.add_argument("--slice-by", metavar="C", help="column whose values group the rows, each group measured")
     add_placement(evaluate)
+    add_progress(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from mmray.evaluate import evaluate_bundle
+    from mmray.progress import row_progress
     from mmray.report import write_report
     from mmray.store import split_uri
     from mmray.summary import evaluation_json, evaluation_report, evaluation_text
@@ -99,7 +101,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     scheme, folder = split_uri(args.output)
     if scheme != "file":
         raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
-    evaluation = evaluate_bundle(args.bundle, args.table, score_config(args), split=args.split, by=args.slice_by)
+    with row_progress(quiet=args.quiet) as progress:
+        evaluation = evaluate_bundle(
+            args.bundle,
+            args.table,
+            score_config(args),
+            split=args.split,
+            by=args.slice_by,
+            on_start=lambda rows: progress.start("evaluating", rows),
+            on_slice=progress.advance,
+        )
     os.makedirs(folder, exist_ok=True)
     _write_json(os.path.join(folder, "metrics.json"), evaluation_json(evaluation))
     write_report(folder, evaluation_report(evaluation, args.bundle))

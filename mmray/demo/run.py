@@ -157,8 +157,8 @@ def _report(
         scored.num_slices,
         evaluation.info.score_range,
         verified,
-        seconds=scored.seconds,
-        rows_per_s=scored.steady_rows_per_s,
+        seconds=scored.pace.seconds,
+        rows_per_s=scored.pace.steady_rows_per_s,
     )
     return report
 

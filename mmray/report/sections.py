@@ -14,6 +14,7 @@ from mmray.curves import ReliabilityBin
 if TYPE_CHECKING:  # a page is drawn without torch, which these are computed with
     from mmray.metrics import LabelQuality
     from mmray.mistakes import Mistake
+    from mmray.score.samples import Sample
 
 
 class Headline(TypedDict):
@@ -141,6 +142,27 @@ class Verification(TypedDict):
     checks: list[Check]
 
 
+class ScoredGroup(TypedDict):
+    """Scored rows that have a value in common."""
+
+    name: str
+    rows: int
+    ok: int
+    degraded: int
+    failed: int
+    mean_score: float | None
+
+
+class Speed(TypedDict):
+    """How fast the command was that completed a run."""
+
+    seconds: float
+    rate: list[tuple[float, float]]
+    """(seconds since its start, rows per second there)."""
+    stages: list[tuple[str, float]]
+    """Stage and its share of the time of all processes."""
+
+
 class Scoring(TypedDict):
     """What became of each row of a scored table."""
 
@@ -150,6 +172,13 @@ class Scoring(TypedDict):
     seconds: NotRequired[float]
     rows_per_second: NotRequired[float]
     scores: NotRequired[Histogram]
+    scores_elsewhere: NotRequired[list[Curve]]
+    """Of this run and of others: (score, share of the rows)."""
+    image_weight: NotRequired[ImageWeight]
+    groups: NotRequired[Mapping[str, list[ScoredGroup]]]
+    """Column -> rows by its values."""
+    speed: NotRequired[Speed]
+    samples: NotRequired[list["Sample"]]
     modalities: NotRequired[Mapping[str, int]]
     """`modalities_used` -> rows."""
     verify: NotRequired[Verification]

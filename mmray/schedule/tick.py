@@ -7,7 +7,6 @@ folder of the next number. A tick that was killed is continued by the next one; 
 
 import datetime
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mmray.errors import EnvironmentFaultError, GateError
@@ -17,10 +16,10 @@ from mmray.schedule.lease import lease
 from mmray.schedule.published import RUNS, Part, Published, keep_last, latest, pointer
 from mmray.schedule.settings import ScheduleConfig
 from mmray.score.carry import Carry, ScoredFile
-from mmray.score.commit import Output
-from mmray.score.job import Progress, score_plan
+from mmray.score.commit import Output, Receipt
+from mmray.score.job import OnSlice, OnStart, score_plan
 from mmray.score.ledger import Ledger
-from mmray.score.plan import Plan, make_plan
+from mmray.score.plan import make_plan
 from mmray.slices import list_files
 from mmray.store import Entry, open_store
 
@@ -48,6 +47,11 @@ class TickResult:
         carried = rows - self.new_rows
         return [f"published number {number:,}: {rows:,} rows, {self.new_rows:,} scored now, {carried:,} carried over"]
 
+    def to_dict(self) -> dict[str, object]:
+        """Returns what the tick did in JSON's own types."""
+        there = {"number": self.published.number, "rows": self.published.ledger.rows} if self.published else {}
+        return {"outcome": self.outcome, **there, "new_rows": self.new_rows, "removed_runs": self.removed_runs}
+
 
 def tick(
     bundle: str,
@@ -56,8 +60,8 @@ def tick(
     options: ScoreConfig,
     rules: ScheduleConfig,
     *,
-    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
-    on_slice: Progress = lambda ledger: None,
+    on_start: OnStart = lambda plan, done, at_work: None,
+    on_slice: OnSlice = lambda receipt: None,
 ) -> TickResult:
     """Brings what is published under a root up to date with a table and a model.
 
@@ -67,8 +71,8 @@ def tick(
         root: folder or URI for runs and published lists.
         options: how rows are scored; other options than last time score every row again.
         rules: what has to hold before something is published, and what is kept.
-        on_start: called with the plan of what is new and the number of its rows that are there already.
-        on_slice: called with the ledger of each slice as it is committed.
+        on_start: see `mmray.score.job.OnStart`; the plan is that of what is new.
+        on_slice: see `mmray.score.job.OnSlice`.
 
     Raises:
         GateError: the result is not fit to be published; what was published stays.
@@ -79,10 +83,10 @@ def tick(
         if lost is None:
             return TickResult(latest(store), "another tick is at work")
 
-        def guarded(ledger: Ledger) -> None:
+        def guarded(receipt: Receipt) -> None:
             if lost.is_set():
                 raise EnvironmentFaultError("another tick took over, for this one seemed dead; leave it to that one")
-            on_slice(ledger)
+            on_slice(receipt)
 
         before, files = latest(store), list_files(table)
         identity = _identity(bundle, table, options, next(iter(files)))
@@ -151,8 +155,8 @@ def _score(
     options: ScoreConfig,
     new: set[str],
     carry: Carry | None,
-    on_start: Callable[[Plan, int], None],
-    on_slice: Progress,
+    on_start: OnStart,
+    on_slice: OnSlice,
 ) -> list[Part]:
     """Scores some files into the run folder of a number; one that was begun before is continued."""
     plan = make_plan(bundle, table, options, new)

@@ -6,6 +6,7 @@
     OUTPUT/_mmray/attempts/                     slices that are being scored, or that a process died at
     OUTPUT/_mmray/manifest-<sha8>.parquet       every slice with its size and ledger
     OUTPUT/_SUCCESS                             the run is complete: the manifest's sha256 and the totals
+    OUTPUT/_mmray/pace.json                     how fast the call was that completed it, for the report; may be missing
 
 Every object is created whole under a name that only this plan can give, and never overwritten. So any number of
 retries, twins and revenants converge on the first file of each slice, and a reader of `data/*.parquet` is right at any
@@ -18,6 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,10 +34,17 @@ from mmray.slices import Slice
 from mmray.store import open_parent, open_store
 
 METADATA_KEY = b"mmray"
-RUN, SUCCESS = "_mmray/run.json", "_SUCCESS"
+RUN, SUCCESS, PACE = "_mmray/run.json", "_SUCCESS", "_mmray/pace.json"
 _PART = re.compile(r"data/part-(\d{9})-([0-9a-f]{8})\.parquet")
 RECEIPT = pa.schema(
-    {"slice": pa.int64(), "key": pa.string(), "size": pa.int64(), "deaths": pa.int64(), "ledger": pa.string()}
+    {
+        "slice": pa.int64(),
+        "key": pa.string(),
+        "size": pa.int64(),
+        "deaths": pa.int64(),
+        "ledger": pa.string(),
+        "seconds": pa.string(),
+    }
 )
 READS = 32  # footers at a time: a store takes its time for each
 READ_AHEAD = 1024  # of them at most wait to be taken
@@ -54,6 +63,8 @@ class Receipt:
     """Whether this call wrote it; otherwise it was there."""
     deaths: int = 0
     """Processes that had died at it."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> seconds that its process spent there since the receipt before."""
 
 
 def _packed(ledger: Ledger) -> str:
@@ -152,6 +163,19 @@ class Output:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return success
+
+    def note_pace(self, pace: Mapping[str, object]) -> None:
+        """Keeps how fast a run was, unless another call has."""
+        with suppress(EnvironmentFaultError):  # the run is complete without
+            self.store.create(PACE, json.dumps(pace).encode())
+
+    def pace(self) -> dict[str, Any] | None:
+        """Returns what `note_pace` kept, if it did."""
+        try:
+            pace: dict[str, Any] = json.loads(self.store.read(PACE))
+        except FileNotFoundError:
+            return None
+        return pace
 
     def committed(self, plan_hash: str) -> set[int]:
         """Returns the slices that are there, by one listing."""
@@ -261,11 +285,19 @@ def _difference(owner: dict[str, Any], ours: dict[str, Any]) -> str:
 
 def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
     """Returns receipts as rows that Ray Data can carry."""
-    rows = [{**{name: getattr(r, name) for name in RECEIPT.names}, "ledger": _packed(r.ledger)} for r in receipts]
+    rows = [
+        {
+            **{name: getattr(r, name) for name in RECEIPT.names},
+            "ledger": _packed(r.ledger),
+            "seconds": json.dumps(dict(r.seconds)),
+        }
+        for r in receipts
+    ]
     return pa.Table.from_pylist(rows, RECEIPT)
 
 
 def receipt_from_row(row: dict[str, Any]) -> Receipt:
     """Reads what `receipts_to_arrow` wrote."""
     ledger = Ledger.from_dict(json.loads(row["ledger"]))
-    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"])
+    seconds = json.loads(row["seconds"])
+    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"], seconds=seconds)

@@ -4,7 +4,6 @@ Reads a bundle and a table -> gives an output folder with `_SUCCESS`. The same c
 that are not there yet, in O(slices).
 """
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row
 from mmray.score.hints import hints
 from mmray.score.ledger import Ledger
 from mmray.score.local import local_pool, scores_here
+from mmray.score.pace import Clock, Pace, shares
 from mmray.score.plan import Plan, describe, make_plan
 from mmray.slices import Slice
 from mmray.stop import RESUMES, stoppable
@@ -28,8 +28,10 @@ from mmray.store import open_store
 from mmray.table import Status
 
 MAX_DEATHS = 100  # of processes in one run, or a quarter of its slices, whichever is more: some rows kill, not most
-Progress = Callable[[Ledger], None]
-"""Called with the ledger of each slice as it is committed."""
+OnStart = Callable[[Plan, int, Callable[[], int]], None]
+"""Called with the plan, the number of rows that are there already, and what says how many slices are at work."""
+OnSlice = Callable[[Receipt], None]
+"""Called with the receipt of each slice as it is committed."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,8 @@ class ScoreResult:
     num_slices: int
     scored_slices: int
     """Slices scored by this call; the others were there already."""
-    seconds: float
-    steady_rows_per_s: float | None
-    """Rate between the first and the last slice of this call, start-up excluded."""
+    pace: Pace
+    """How fast this call was."""
     hints: Sequence[str] = ()
     """What to do where most rows lack something."""
 
@@ -70,10 +71,18 @@ class ScoreResult:
         lines = [f"{ledger.rows:,} rows: {counts}"]
         lines += [f"  {count:>10,}  {reason}" for reason, count in ledger.reasons_by_count()]
         lines += [f"hint: {hint}" for hint in self.hints]
-        if self.scored_slices:
-            steady = f", steady {self.steady_rows_per_s:,.0f} rows/s" if self.steady_rows_per_s else ""
-            return [*lines, f"{self.scored_slices:,} of {self.num_slices:,} slices in {self.seconds:.1f} s{steady}"]
-        return [*lines, "the run was complete already; nothing was scored"]
+        if not self.scored_slices:
+            return [*lines, "the run was complete already; nothing was scored"]
+        rate, stages = self.pace.steady_rows_per_s, self.pace.stages
+        steady = f", steady {rate:,.0f} rows/s" if rate else ""
+        lines.append(f"{self.scored_slices:,} of {self.num_slices:,} slices in {self.pace.seconds:.1f} s{steady}")
+        return [*lines, f"time: {shares(stages)}"] if stages else lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what the run did in JSON's own types."""
+        counts = {"slices": self.num_slices, "scored_slices": self.scored_slices}
+        ledger = {"rows": self.ledger.rows, "statuses": self.ledger.statuses, "reasons": self.ledger.reasons}
+        return {"output": self.output, **ledger, **counts, **self.pace.to_dict(), "hints": list(self.hints)}
 
 
 def score_table(
@@ -82,8 +91,8 @@ def score_table(
     output: str,
     options: ScoreConfig | None = None,
     *,
-    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
-    on_slice: Progress = lambda ledger: None,
+    on_start: OnStart = lambda plan, done, at_work: None,
+    on_slice: OnSlice = lambda receipt: None,
 ) -> ScoreResult:
     """Scores every row of a table, once.
 
@@ -92,8 +101,8 @@ def score_table(
         table: parquet file, folder or glob.
         output: folder or URI for the scored rows.
         options: what may differ from run to run.
-        on_start: called with the plan and the number of rows that are there already.
-        on_slice: called with the ledger of each slice as it is committed.
+        on_start: see `OnStart`.
+        on_slice: see `OnSlice`.
 
     Raises:
         MmrayError: see `mmray.errors` for what each means and its exit code.
@@ -113,39 +122,36 @@ def score_plan(
     options: ScoreConfig,
     *,
     carry: Carry | None = None,
-    on_start: Callable[[Plan, int], None] = lambda plan, done: None,
-    on_slice: Progress = lambda ledger: None,
+    on_start: OnStart = lambda plan, done, at_work: None,
+    on_slice: OnSlice = lambda receipt: None,
 ) -> ScoreResult:
     """Scores what a plan of these says, `carry` aside; see `score_table`."""
-    started = time.perf_counter()
-    target = Output(output)
+    clock, target = Clock(), Output(output)
     target.claim(plan, describe(plan, bundle, table))
     success = target.success()
     if success is not None:
-        ledger = Ledger.from_dict(success["ledger"])
-        return _result(output, plan, ledger, 0, started, None)
+        return _result(output, plan, Ledger.from_dict(success["ledger"]), 0, clock.read())
     done = target.committed(plan.hash)
     todo = tuple(piece for piece in plan.slices if piece.index not in done)
-    on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done))
-    manifest, times = Manifest(), []
+    attempts, manifest = Attempts(target.store), Manifest()
+    on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done), attempts.left)
     if todo:
         for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options, carry):
             manifest.add(receipt)
-            times.append((time.perf_counter(), receipt.ledger.rows))
-            on_slice(receipt.ledger)
+            clock.add(receipt)
+            on_slice(receipt)
     for receipt in target.receipts(plan.hash, [piece for piece in plan.slices if piece.index not in manifest]):
         manifest.add(receipt)
-    Attempts(target.store).clear()
-    ledger = target.finalize(plan, manifest, options.max_error_rate)
-    return _result(output, plan, ledger, len(todo), started, _steady_rate(times))
+    attempts.clear()
+    ledger, pace = target.finalize(plan, manifest, options.max_error_rate), clock.read()
+    if todo:
+        target.note_pace(pace.to_dict())
+    return _result(output, plan, ledger, len(todo), pace)
 
 
-def _result(
-    output: str, plan: Plan, ledger: Ledger, scored_slices: int, started: float, steady_rate: float | None
-) -> ScoreResult:
+def _result(output: str, plan: Plan, ledger: Ledger, scored_slices: int, pace: Pace) -> ScoreResult:
     told = hints(ledger.rows, ledger.reasons, plan.image_roots)
-    seconds = time.perf_counter() - started
-    return ScoreResult(output, ledger, len(plan.slices), scored_slices, seconds, steady_rate, told)
+    return ScoreResult(output, ledger, len(plan.slices), scored_slices, pace, told)
 
 
 def _run(
@@ -205,8 +211,3 @@ def while_few_die(receipts: Iterable[Receipt], allowed: int) -> Iterator[Receipt
                 f"processes died {deaths} times at slices, which is more than rows that kill explain; see their logs; "
                 f"{RESUMES}"
             )
-
-
-def _steady_rate(times: list[tuple[float, int]]) -> float | None:
-    seconds = times[-1][0] - times[0][0] if times else 0.0
-    return sum(rows for _, rows in times[1:]) / seconds if seconds > 0 else None

@@ -55,6 +55,7 @@ def verify_output(
     sample: int = SAMPLE,
     seed: int = 0,
     bundle: str | None = None,
+    on_start: Callable[[int], None] = lambda rows: None,
     on_slice: Callable[[int], None] = lambda rows: None,
 ) -> VerifyReport:
     """Checks an output folder.
@@ -65,6 +66,7 @@ def verify_output(
         sample: rows that level 3 scores again, drawn at random.
         seed: which ones; the same seed draws the same rows.
         bundle: folder or URI of the bundle for it, if it is no longer where the run had it.
+        on_start: called with the rows there are, before slices are checked (from level 1).
         on_slice: called with the rows of each slice as it has been checked (from level 1).
 
     Raises:
@@ -91,6 +93,7 @@ def verify_output(
         return report
     if level >= 1:
         check = _check_footer if level == 1 else _check_rows
+        on_start(report.rows)
         with ThreadPoolExecutor(THREADS) as pool:
             results = pool.map(lambda piece: (piece, list(check(target, owner["plan_hash"], piece))), slices)
             for piece, found in results:

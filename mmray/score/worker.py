@@ -5,6 +5,7 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,11 +69,12 @@ class SliceScorer:
         bundle = load_bundle(bundle_uri)
         source = ImageSource(image_roots, bundle.config.image.max_bytes, options.on_unavailable)
         feed = feed_of(bundle) if feed_of else None
-        self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=on_stage)
+        self._on_stage_too, self._stages = on_stage, _Stages()
+        self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=self._on_stage)
         self._output, self._plan_hash = Output(output_uri), plan_hash
         self._attempts = Attempts(self._output.store)
-        self._carry, self._on_stage = carry, on_stage
-        self._isolation = Isolation(self._predictor, bundle_uri, image_roots, on_stage)
+        self._carry = carry
+        self._isolation = Isolation(self._predictor, bundle_uri, image_roots, self._on_stage)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return receipts_to_arrow(self.score(piece) for piece in slices_from_arrow(rows))
@@ -103,7 +105,11 @@ class SliceScorer:
             }
             commit = partial(self._output.commit, self._plan_hash, piece)
             receipt = timed(self._on_stage, "commit", commit, scored, ledger, provenance)
-            return replace(receipt, deaths=deaths)
+            return replace(receipt, deaths=deaths, seconds=self._stages.take())
+
+    def _on_stage(self, stage: str, seconds: float) -> None:
+        self._on_stage_too(stage, seconds)
+        self._stages.add(stage, seconds)
 
     def _score_here(self, piece: Slice, rows: pa.Table) -> Scored:
         try:
@@ -130,8 +136,8 @@ class WatchedScorer(SliceScorer):
 
     def __init__(self, *arguments: Any, on_stage: OnStage = lambda stage, seconds: None, **more: Any) -> None:
         """Takes what `SliceScorer` does; the options come last of the positional arguments."""
-        self._on_stage_too, self._watchdog = on_stage, Watchdog(arguments[-1].stuck_after_s)
-        super().__init__(*arguments, on_stage=self._progress, **more)
+        self._watchdog = Watchdog(arguments[-1].stuck_after_s)
+        super().__init__(*arguments, on_stage=on_stage, **more)
 
     def score(self, piece: Slice, beside: int = 0) -> Receipt:
         """See `SliceScorer.score`."""
@@ -149,9 +155,25 @@ class WatchedScorer(SliceScorer):
         with self._watchdog.paused():  # its child is watched by itself
             return super()._score_apart(piece, rows)
 
-    def _progress(self, stage: str, seconds: float) -> None:
-        self._on_stage_too(stage, seconds)
+    def _on_stage(self, stage: str, seconds: float) -> None:
+        super()._on_stage(stage, seconds)
         self._watchdog.progress()
+
+
+class _Stages:
+    """Seconds that a process spent in each stage, until somebody takes them along."""
+
+    def __init__(self) -> None:
+        self._seconds, self._lock = dict[str, float](), threading.Lock()
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
+        return {stage: round(seconds, 4) for stage, seconds in taken.items()}
 
 
 def _refuse_nonfinite(piece: Slice, scored: pa.Table) -> None:

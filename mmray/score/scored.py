@@ -1,0 +1,131 @@
+"""The scored rows of an output, as a reader of it has them: some columns batch by batch, and what these add up to.
+
+Reads `OUTPUT/data/*.parquet`, finished or not -> gives batches, counts by the values of a column, weights of the image.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmray.errors import TableError
+from mmray.score.commit import Output
+
+MAX_VALUES = 10_000  # of a column whose values group rows: beyond, it names them
+SAMPLED_FILES = 64  # of which rows are looked at one by one: enough to see a distribution, few enough for any table
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive rows of one file."""
+
+    key: str
+    """The file."""
+    first_row: int
+    rows: pa.Table
+
+
+@dataclass
+class Group:
+    """Rows whose cell in some column is the same."""
+
+    name: str
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Status -> rows."""
+    score_sum: float = 0.0
+    scored: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return sum(self.statuses.values())
+
+    @property
+    def mean_score(self) -> float | None:
+        """Of those that have one."""
+        return self.score_sum / self.scored if self.scored else None
+
+
+def files_of(output: str) -> list[str]:
+    """Returns the scored files, in order of their slices.
+
+    Raises:
+        TableError: there are none.
+    """
+    keys = [key for key in Output(output).store.list("data") if key.endswith(".parquet")]
+    if not keys:
+        raise TableError(f"no scored rows in {output!r}; give the output folder of mmray score")
+    return keys
+
+
+def some_of(keys: Sequence[str]) -> list[str]:
+    """Returns at most `SAMPLED_FILES` of some files, spread evenly."""
+    places = np.unique(np.linspace(0, len(keys) - 1, SAMPLED_FILES).astype(int))
+    return [keys[k] for k in places]
+
+
+def batches(output: str, keys: Sequence[str], columns: Sequence[str]) -> Iterator[Batch]:
+    """Yields columns of files; memory is bounded by one row group.
+
+    Raises:
+        TableError: a file lacks a column.
+    """
+    store = Output(output).store
+    for key in keys:
+        with store.open(key) as source, pq.ParquetFile(source) as file:
+            missing = [column for column in columns if column not in file.schema_arrow.names]
+            if missing:
+                raise TableError(f"{output} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            start = 0
+            for batch in file.iter_batches(columns=list(dict.fromkeys(columns)), use_threads=False):
+                yield Batch(key, start, pa.Table.from_batches([batch]))
+                start += batch.num_rows
+
+
+def grouped(output: str, column: str) -> list[Group]:
+    """Returns the rows by their cell in a column, the largest group first.
+
+    Raises:
+        TableError: there is no such column, or its values do not make groups.
+    """
+    groups: dict[str, Group] = {}
+    for batch in batches(output, files_of(output), [column, "status", "score"]):
+        for name, status, rows, score_sum, scored in _counted(batch.rows, column):
+            group = groups.setdefault(name, Group(name))
+            group.statuses[status] = group.statuses.get(status, 0) + rows
+            group.score_sum += score_sum or 0.0
+            group.scored += scored
+        if len(groups) > MAX_VALUES:
+            raise TableError(f"the column {column!r} has more than {MAX_VALUES:,} values; group by one that has few")
+    return sorted(groups.values(), key=lambda group: (-group.rows, group.name))
+
+
+def _counted(rows: pa.Table, column: str) -> Iterator[tuple[str, str, int, float | None, int]]:
+    try:
+        names = pc.fill_null(pc.cast(rows[column], pa.string()), "(null)")
+    except pa.ArrowException:
+        raise TableError(
+            f"the column {column!r} is of type {rows[column].type}, which makes no groups; take one of plain values"
+        ) from None
+    columns = {"name": names, "status": rows["status"], "score": rows["score"]}
+    found = (
+        pa.table(columns)
+        .group_by(["name", "status"])
+        .aggregate([([], "count_all"), ("score", "sum"), ("score", "count")])
+    )
+    values = (found[name].to_pylist() for name in ("name", "status", "count_all", "score_sum", "score_count"))
+    yield from zip(*values, strict=True)
+
+
+def image_weights(output: str) -> NDArray[np.float32]:
+    """Returns the weight of the image in rows of some files; empty where the model has none."""
+    keys, store = some_of(files_of(output)), Output(output).store
+    with store.open(keys[0]) as source:
+        if "image_weight" not in pq.read_schema(source).names:
+            return np.zeros(0, np.float32)
+    found = [batch.rows["image_weight"].drop_null().to_numpy() for batch in batches(output, keys, ["image_weight"])]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)

@@ -1,0 +1,86 @@
+"""How far a long step is, as people see it in a terminal and in a log, and as machines read it."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from mmray import progress as shown
+from mmray.progress import RowProgress, State, row_progress
+
+
+class Clock:
+    """The time of a test, in seconds."""
+
+    now = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(shown, "monotonic", lambda: clock.now)
+    return clock
+
+
+def half_done(progress: RowProgress, clock: Clock) -> None:
+    """Shows a run of 1,000 rows, 500 of which are done at 10 rows a second, the first after a minute."""
+    progress.start("scoring", 1000, 100, at_work=lambda: 4)
+    clock.now = 60
+    progress.advance(200, {"ok": 199, "failed": 1}, {"prepare": 10.0, "forward": 29.5, "commit": 0.5})
+    clock.now = 80
+    progress.advance(200, {"ok": 188, "degraded": 12}, {"prepare": 10.0, "forward": 30.0})
+
+
+def test_a_log_gets_lines_with_the_rate_what_is_left_what_is_not_ok_and_where_time_goes(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with row_progress() as progress:
+        half_done(progress, clock)
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 500 of 1,000 rows, 10 rows/s, 50 s left; 1 failed, 12 degraded; "
+        "preparing 25%, model 74%, writing 1%; 4 slices at work"
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_all_that_beneath(clock: Clock) -> None:
+    screen = io.StringIO()
+    bar = shown._Bar(Console(file=screen, force_terminal=True, width=100, highlight=False))
+    half_done(RowProgress(bar), clock)
+    bar.refresh()
+    bar.stop()
+    text = screen.getvalue()
+    assert "500/1000" in text
+    assert "10 rows/s, 50 s left" in text
+    assert "1 failed, 12 degraded; preparing 25%, model 74%, writing 1%; 4 slices at work" in text
+
+
+def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with row_progress(events=True) as progress:
+        half_done(progress, clock)
+    written = capsys.readouterr()
+    events = [json.loads(line) for line in written.out.splitlines()]
+    assert written.err == ""
+    assert [event["done"] for event in events] == [100, 300, 500]
+    assert events[-1] == {
+        "event": "progress",
+        "what": "scoring",
+        "rows": 1000,
+        "done": 500,
+        "rows_per_s": 10.0,
+        "seconds_left": 50.0,
+        "statuses": {"ok": 387, "failed": 1, "degraded": 12},
+        "stages": {"prepare": 20.0, "forward": 59.5, "commit": 0.5},
+        "slices_at_work": 4,
+    }
+
+
+def test_who_wants_quiet_gets_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with row_progress(quiet=True) as progress:
+        half_done(progress, clock)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nothing_is_said_of_what_there_is_none_of() -> None:
+    assert list(State("verifying", 10, 5).notes()) == []
+    assert list(State("scoring", 10, 5, slices_at_work=0).notes()) == ["0 slices at work"]
