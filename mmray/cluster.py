@@ -78,6 +78,14 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
+def is_alone() -> bool:
+    """Whether a step runs on this machine alone, and so finds the files that this process does."""
+    if not ray.is_initialized():
+        return given_address() is None
+    places = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    return places <= {"127.0.0.1", ray.util.get_node_ip_address()}  # type: ignore[no-untyped-call]
+
+
 def _wait_for_readers() -> None:
     """Waits until Ray Data's threads that read ahead have ended.
 

@@ -1,13 +1,15 @@
 """Measures a bundle on a labelled table: the fused prediction beside each modality alone and the mean of these.
 
 Reads a bundle and a table -> gives metrics of several views of the same model, of groups of rows, and at other weights
-of the image, all from one pass. Slices are predicted by the actor pool that scoring uses; the driver keeps outputs and
-targets (4 bytes for each label, view and weight), not rows.
+of the image, all from one pass. Slices are predicted by the actor pool that scoring uses, few rows by this process; it
+keeps outputs and targets (4 bytes for each label, view and weight), not rows.
 """
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +19,29 @@ from numpy.typing import NDArray
 
 from mmray.bundle import load_bundle
 from mmray.bundle_info import BundleInfo, read_info
-from mmray.cluster import RAY_ERRORS, cluster, cpus_for, map_slices, unwrap
+from mmray.cluster import RAY_ERRORS, cluster, cpus_for, is_alone, map_slices, unwrap
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import measure
 from mmray.mistakes import Mistake, worst_of, worst_rows
 from mmray.options import ScoreConfig, column_of
 from mmray.predictor import Predictor
-from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow
+from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow, slices_to_arrow
 from mmray.source import ImageSource
 from mmray.store import open_store
 from mmray.table import cells, require_types
 
 FUSED, LATE = "all modalities", "late average"
+FEW_ROWS = 20_000  # of which a 64th shows whether all of them would take long
+PATIENCE_S = 15.0  # that a cluster and its processes take to start
 ALPHAS = tuple(k / 10 for k in range(11))
 MAX_GROUPS = 20  # of a column; the rows of rarer values are one more
 MAX_NAME = 64  # characters of a value
 OTHERS = "(other values)"
 USED = "modalities used"
 Metrics = Mapping[str, float | None]
+Arguments = tuple[str, tuple[str, ...], str | None, str | None]
+"""Of a `SlicePredictor`, before its options."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +116,42 @@ def evaluate_bundle(
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
     found, rows = list[dict[str, Any]](), {piece.index: piece.num_rows for piece in slices}
     on_start(sum(rows.values()))
+    with closing(_predicted(slices, (open_store(bundle).uri, roots, split, by), options)) as parts:
+        for part in parts:
+            found.append(part)
+            on_slice(rows[part["slice"]])
+    return measure_slices(info, found, table, split)
+
+
+def _predicted(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
+    """Yields what `SlicePredictor` finds in slices: here, as long as that is sooner than others would begin."""
+    left, started, done = list(slices), time.perf_counter(), 0
+    if _begins_here(sum(piece.num_rows for piece in slices), options):
+        predictor = SlicePredictor(*arguments, options)
+        while left and (options.local or _seconds_left(left, done, started) < PATIENCE_S):
+            yield predictor(slices_to_arrow([left[0]])).to_pylist()[0]
+            done += left.pop(0).num_rows
+    if left:
+        yield from _on_ray(left, arguments, options)
+
+
+def _begins_here(rows: int, options: ScoreConfig) -> bool:
+    if options.local is not None:
+        return options.local
+    return not (options.needs_cluster or options.gpus_per_actor) and rows <= FEW_ROWS and is_alone()
+
+
+def _seconds_left(left: Sequence[Slice], done: int, started: float) -> float:
+    each = (time.perf_counter() - started) / done if done else 0.0
+    return each * sum(piece.num_rows for piece in left)
+
+
+def _on_ray(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
     with cluster(cpus_for(options)):
         try:
-            arguments = (open_store(bundle).uri, roots, split, by)
-            for row in map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate"):
-                found.append(row)
-                on_slice(rows[row["slice"]])
+            yield from map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate")
         except RAY_ERRORS as error:
             raise unwrap(error, "evaluation") from error
-    return measure_slices(info, found, table, split)
 
 
 class SlicePredictor:

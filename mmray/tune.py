@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.queue import Queue
 
 from mmray.bundle_info import read_info
 from mmray.cluster import RAY_ERRORS, cluster, unwrap
@@ -26,7 +25,7 @@ from mmray.store import open_store
 from mmray.train.data import check_label_column, open_tables
 from mmray.train.job import TrainResult, check_gpu_request, train_model
 from mmray.train.task import with_task
-from mmray.train.trainer import OnEpoch, progress_queue
+from mmray.train.trainer import News, OnEpoch, news
 
 REDUCTION = 3  # of the trials at a rung, one in so many goes on (eta in Li et al. 2020)
 RUNGS = 2  # below the last epoch: a ninth of the epochs tells something, less is noise
@@ -75,12 +74,12 @@ def tune(
         on_trial(trial)
     left = [number for number in range(trials) if number not in done]
     if left:
-        with cluster(max(parallel * config.train.max_workers, local_cpus())), progress_queue(on_epoch) as entries:
+        with cluster(max(parallel * config.train.max_workers, local_cpus())), news(on_epoch) as told:
             running: dict[Any, int] = {}
             while left or running:
                 while left and len(running) < parallel:
                     number = left.pop(0)
-                    running[_train.remote(configs[number], cutoffs(found), entries, number)] = number
+                    running[_train.remote(configs[number], cutoffs(found), told, number)] = number
                 (ready, *_), _ = ray.wait(list(running))
                 found.append(_trial(running[ready], settings[running.pop(ready)], _result(ready)))
                 on_trial(found[-1])
@@ -121,9 +120,9 @@ def cutoffs(trials: Sequence[Trial]) -> dict[int, float]:
 
 
 @ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")
-def _train(config: Config, cutoffs: dict[int, float], entries: Queue, number: int) -> TrainResult | str:
+def _train(config: Config, cutoffs: dict[int, float], told: News, number: int) -> TrainResult | str:
     try:
-        return train_model(config, cutoffs=cutoffs, on_epoch=lambda entry: entries.put({"trial": number, **entry}))
+        return train_model(config, cutoffs=cutoffs, on_epoch=lambda entry: told.tell({"trial": number, **entry}))
     except DivergenceError as error:
         return str(error)
 

@@ -11,10 +11,8 @@ import pyarrow.parquet as pq
 import torch
 
 from mmray.bundle import Bundle, save_bundle
-from mmray.bundle_info import read_info
 from mmray.config import Config
 from mmray.config_file import parse_config
-from mmray.evaluate import Evaluation, SlicePredictor, measure_slices, plan_slices
 from mmray.model import FusionModel
 from mmray.options import ScoreConfig
 from mmray.preprocess.text import Vocabulary
@@ -22,7 +20,7 @@ from mmray.score.commit import Manifest, Output
 from mmray.score.ledger import Ledger
 from mmray.score.plan import describe, make_plan
 from mmray.score.worker import SliceScorer
-from mmray.slices import open_table, slices_to_arrow
+from mmray.slices import open_table
 from mmray.train.golden import golden_rows
 
 WORDS = ("red", "green", "blue", "square", "round", "a", "the")
@@ -118,12 +116,3 @@ def score_in_process(
         return Ledger()
     manifest = Manifest.of(target.receipts(plan.hash, plan.slices))
     return target.finalize(plan, manifest, options.max_error_rate)
-
-
-def evaluate_in_process(bundle: str, table: str, split: str | None = None, by: str | None = None) -> Evaluation:
-    """Evaluates as `evaluate_bundle` does, with one predictor in this process in place of a cluster."""
-    info, options = read_info(bundle), ScoreConfig()
-    slices, roots = plan_slices(info, table, options, split, by)
-    predictor = SlicePredictor(bundle, roots, split, by, options)
-    found = [row for piece in slices for row in predictor(slices_to_arrow([piece])).to_pylist()]
-    return measure_slices(info, found, table, split)

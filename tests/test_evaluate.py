@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, evaluate_in_process, saved_bundle, score_in_process, small_bundle, small_config
+from models import colour_table, saved_bundle, score_in_process, small_bundle, small_config
 
 from mmray.bundle import save_bundle
 from mmray.errors import ConfigError, TableError
@@ -50,14 +50,14 @@ def test_the_accuracy_is_that_of_the_scored_table(bundle: str, rows: Path, tmp_p
     score_in_process(bundle, str(rows), str(tmp_path / "scored"))
     scored = pq.read_table(tmp_path / "scored" / "data").to_pylist()
     usable = [row for row in scored if row["label"] and row["status"] != "failed"]
-    evaluation = evaluate_in_process(bundle, str(rows))
+    evaluation = evaluate_bundle(bundle, str(rows))
     assert (evaluation.rows, evaluation.skipped) == (len(usable), 60 - len(usable)) == (57, 3)
     right = np.mean([row["predicted_label"] == row["label"] for row in usable])
     assert evaluation.metrics[FUSED]["accuracy"] == pytest.approx(right)
 
 
 def test_the_late_average_is_the_mean_of_what_each_row_has(bundle: str, rows: Path) -> None:
-    outputs = evaluate_in_process(bundle, str(rows)).outputs
+    outputs = evaluate_bundle(bundle, str(rows)).outputs
     image, text, late = outputs["image only"], outputs["text only"], outputs[LATE]
     both = np.isfinite(image).all(axis=1) & np.isfinite(text).all(axis=1)
     np.testing.assert_allclose(late[both], (image[both] + text[both]) / 2, rtol=1e-6)
@@ -69,7 +69,7 @@ def test_the_late_average_is_the_mean_of_what_each_row_has(bundle: str, rows: Pa
 def test_the_sweep_goes_from_the_text_alone_to_the_image_alone_through_the_models_own_weight(tmp_path: Path) -> None:
     complete = colour_table(tmp_path / "rows", rows=24)
     model = {**small_config().model.model_dump(), "fusion": {"kind": "weighted_sum", "initial_alpha": 0.3}}
-    evaluation = evaluate_in_process(bundle_of(tmp_path / "bundle", model=model), str(complete))
+    evaluation = evaluate_bundle(bundle_of(tmp_path / "bundle", model=model), str(complete))
     assert tuple(evaluation.sweep) == ALPHAS
     for alpha, view in ((0.0, "text only"), (0.3, FUSED), (1.0, "image only")):
         assert evaluation.sweep[alpha] == pytest.approx(evaluation.metrics[view], rel=1e-5)
@@ -78,7 +78,7 @@ def test_the_sweep_goes_from_the_text_alone_to_the_image_alone_through_the_model
 
 def test_a_fusion_without_a_weight_has_no_sweep(rows: Path, tmp_path: Path) -> None:
     model = {**small_config().model.model_dump(), "fusion": {"kind": "concat"}}
-    evaluation = evaluate_in_process(bundle_of(tmp_path / "bundle", model=model), str(rows))
+    evaluation = evaluate_bundle(bundle_of(tmp_path / "bundle", model=model), str(rows))
     assert evaluation.sweep == {}
     assert len(evaluation.image_weight) == 0
     assert "alpha" not in evaluation_text(evaluation)
@@ -86,7 +86,7 @@ def test_a_fusion_without_a_weight_has_no_sweep(rows: Path, tmp_path: Path) -> N
 
 
 def test_rows_are_measured_by_the_modalities_they_have(bundle: str, rows: Path) -> None:
-    evaluation = evaluate_in_process(bundle, str(rows))
+    evaluation = evaluate_bundle(bundle, str(rows))
     groups = {group.name: group for group in evaluation.groups[USED]}
     assert {name: group.rows for name, group in groups.items()} == {"image+text": 53, "text": 3, "image": 1, "none": 2}
     assert groups["none"].metrics == {}
@@ -96,30 +96,30 @@ def test_rows_are_measured_by_the_modalities_they_have(bundle: str, rows: Path) 
 
 
 def test_rows_are_measured_by_the_values_of_a_column(bundle: str, rows: Path) -> None:
-    groups = {g.name: g for g in evaluate_in_process(bundle, str(rows), by="shop").groups["shop"]}
+    groups = {g.name: g for g in evaluate_bundle(bundle, str(rows), by="shop").groups["shop"]}
     assert {name: group.rows for name, group in groups.items()} == {
         "shop 0": 20, "shop 1": 18, "shop 2": 20, "(null)": 1
     }  # fmt: skip
-    assert sum(row.rows for row in evaluate_in_process(bundle, str(rows), by="id").groups["id"]) == 59
-    names = [group.name for group in evaluate_in_process(bundle, str(rows), by="id").groups["id"]]
+    assert sum(row.rows for row in evaluate_bundle(bundle, str(rows), by="id").groups["id"]) == 59
+    names = [group.name for group in evaluate_bundle(bundle, str(rows), by="id").groups["id"]]
     assert len(names) == MAX_GROUPS + 1
     assert names[-1] == OTHERS
     with pytest.raises(TableError, match="has no column 'shops'; did you mean 'shop'"):
-        evaluate_in_process(bundle, str(rows), by="shops")
+        evaluate_bundle(bundle, str(rows), by="shops")
 
 
 def test_a_split_leaves_the_other_rows_out(rows: Path, tmp_path: Path) -> None:
     split = bundle_of(tmp_path / "bundle", table={"train": "rows", "split_column": "split"})
-    evaluation = evaluate_in_process(split, str(rows), split="test")
+    evaluation = evaluate_bundle(split, str(rows), split="test")
     assert evaluation.rows + evaluation.skipped == 30
     with pytest.raises(TableError, match=r"no row of .* has a label and a prediction"):
-        evaluate_in_process(split, str(rows), split="elsewhere")
+        evaluate_bundle(split, str(rows), split="elsewhere")
     with pytest.raises(ConfigError, match=r"needs a bundle trained with table.split_column"):
         evaluate_bundle(bundle_of(tmp_path / "other"), str(rows), split="test")
 
 
 def test_the_worst_mistakes_are_wrong_and_come_with_their_rows(bundle: str, rows: Path) -> None:
-    evaluation = evaluate_in_process(bundle, str(rows))
+    evaluation = evaluate_bundle(bundle, str(rows))
     mistakes, table = evaluation.mistakes, pq.read_table(rows / "part-0.parquet").to_pylist()
     wrong = 1 - evaluation.metrics[FUSED]["accuracy"]
     assert len(mistakes) == min(NUM_MISTAKES, round(wrong * evaluation.rows))
@@ -149,7 +149,7 @@ TASKS: dict[str, tuple[tuple[str, ...], str]] = {
 def test_every_task_is_measured_and_reported(rows: Path, tmp_path: Path, task: str) -> None:
     labels, column = TASKS[task]
     table = {"train": "rows", "label_column": column}
-    evaluation = evaluate_in_process(bundle_of(tmp_path / "b", labels, task={"kind": task}, table=table), str(rows))
+    evaluation = evaluate_bundle(bundle_of(tmp_path / "b", labels, task={"kind": task}, table=table), str(rows))
     report = evaluation_report(evaluation, "bundle")
     write_report(tmp_path, report)
     section = report["evaluation"]
@@ -168,6 +168,6 @@ def test_every_task_is_measured_and_reported(rows: Path, tmp_path: Path, task: s
 
 def test_a_model_of_texts_alone_is_measured_without_views(rows: Path, tmp_path: Path) -> None:
     text_only = bundle_of(tmp_path / "bundle", table={"train": "rows", "image_column": ""})
-    evaluation = evaluate_in_process(text_only, str(rows))
+    evaluation = evaluate_bundle(text_only, str(rows))
     assert set(evaluation.metrics) == {FUSED}
     write_report(tmp_path, evaluation_report(evaluation, text_only))

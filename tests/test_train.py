@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from models import colour_table, score_in_process, small_config
 from processes import ALONE, COMMAND, mmray, wait_for
 from ray.train.torch import TorchTrainer
@@ -96,8 +97,8 @@ def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and
     compared = compare_fusions(config, ["weighted_sum"], 1, table=str(rows), on_run=seen.append)
     (run,) = compared["runs"]
     assert seen == [run]
-    evaluation = evaluate_bundle(run["bundle"], str(rows))
-    assert evaluation.metrics == run["metrics"]
+    evaluation = evaluate_bundle(run["bundle"], str(rows), ScoreConfig(local=False))
+    assert evaluation.metrics == run["metrics"], "of a cluster as of one process"
     assert set(evaluation.metrics) == {"all modalities", "image only", "text only", "late average"}
     assert all(metrics["accuracy"] > 0.9 for metrics in evaluation.metrics.values())
     assert evaluation.rows == run["rows"] == len(evaluation.image_weight) == 240
@@ -145,11 +146,14 @@ def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weigh
     assert_it_scores(resumed.bundle, rows, tmp_path)
 
 
-def test_nobody_is_asked_to_clean_up_by_a_dashboard_that_is_not_there(ray_cluster: None) -> None:
+def test_no_process_starts_that_has_nothing_to_do(ray_cluster: None) -> None:
     def kinds(trainer: TorchTrainer) -> set[str]:
         return {type(callback).__name__ for callback in trainer._create_default_callbacks()}
 
-    assert kinds(TorchTrainer(print)) - kinds(Trainer(print)) == {"PlacementGroupCleanerCallback"}, "it waits 12 s"
+    idle = {"PlacementGroupCleanerCallback", "DatasetsCallback"}  # the first of which is waited for, for 12 s
+    assert kinds(TorchTrainer(print)) - kinds(Trainer(print)) == idle
+    some: dict[str, Any] = {"train": ray.data.range(1)}
+    assert kinds(TorchTrainer(print)) - kinds(Trainer(print, datasets=some)) == {"PlacementGroupCleanerCallback"}
 
 
 def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path, tmp_path: Path) -> None:

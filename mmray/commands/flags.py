@@ -32,6 +32,7 @@ def add_placement(parser: Any) -> None:
     parser.add_argument("--precision", metavar="P", help="auto, bf16 or fp32 (default: fp32)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="rows per forward pass (default: 32; on a GPU 256)")
     parser.add_argument("--decode-threads", type=int, metavar="N", help="per process (default: 1)")
+    parser.add_argument("--local", action=argparse.BooleanOptionalAction, help="without Ray (default: few rows)")
     parser.add_argument("--reads", type=int, metavar="N", help="images of a store read at a time (default: 64)")
 
 
@@ -39,7 +40,6 @@ def add_score_options(parser: Any) -> None:
     """Adds all that `ScoreConfig` has."""
     add_placement(parser)
     parser.add_argument("--probabilities", action="store_true", help="add the probability of every label")
-    parser.add_argument("--local", action=argparse.BooleanOptionalAction, help="without Ray (default: few rows)")
     parser.add_argument("--min-actors", type=int, metavar="N", help="begin with so few and grow (default: all at once)")
     parser.add_argument("--placement", metavar="WHO", help="who decodes: auto, cluster or local (default: auto)")
     parser.add_argument("--on-unavailable", metavar="DO", help="image not to be had: fail or record (default: fail)")

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from mmray.account import scoring_section
-from mmray.cluster import cluster
 from mmray.config import Config
 from mmray.config_file import load_config
 from mmray.errors import ConfigError
@@ -46,13 +45,12 @@ def run_demo(folder: str, settings: Sequence[str] = ()) -> None:
     seconds: dict[str, float] = {}
     with _timed("unpack", seconds, console):
         unpack(root)
-    with cluster():
-        with _timed("train", seconds, console):
-            trained = _train(demo_config(root, settings), console)
-        with _timed("evaluate", seconds, console):
-            evaluation = evaluate_bundle(trained.bundle, str(root / "clipart"), split="test")
-        with _timed("score", seconds, console):
-            scored = score_table(trained.bundle, str(root / "listings"), str(root / "scored"))
+    with _timed("train", seconds, console):
+        trained = _train(demo_config(root, settings), console)
+    with _timed("evaluate", seconds, console):
+        evaluation = evaluate_bundle(trained.bundle, str(root / "clipart"), split="test")
+    with _timed("score", seconds, console):
+        scored = score_table(trained.bundle, str(root / "listings"), str(root / "scored"))
     with _timed("verify", seconds, console):
         verified = verify_output(str(root / "scored"), level=2)
     write_report(root, _report(evaluation, trained, scored, verified, seconds))

@@ -47,7 +47,7 @@ from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
 from mmray.train.task import refuse_names_of_rows, with_task, with_two_labels
-from mmray.train.trainer import OnEpoch, Trainer, ctrl_c_is_an_interruption, progress_queue
+from mmray.train.trainer import OnEpoch, Trainer, ctrl_c_is_an_interruption, has_dashboard, news
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 HOW_IT_RUNS = {"storage", "name", "num_workers", "shard", "accumulation", "max_failures", "checkpoint_minutes"}
@@ -124,9 +124,9 @@ def _fit(
     frozen = has_frozen_images(config)
     bytes_each = row_bytes(config, len(labels), feature_bytes(config) if frozen else None)
     # A table smaller than a batch is cached whatever it takes: a stream of it would end before its first batch.
-    cached = counts.rows * bytes_each <= train.cache_bytes or counts.rows < train.batch_size
+    fits = counts.rows * bytes_each <= train.cache_bytes or counts.rows < train.batch_size
     rows = {split: preprocess_rows(tables, split, config, words, labels) for split in SPLITS}
-    if frozen and cached:
+    if frozen and fits:
         rows = {split: with_features(rows[split], split, config) for split in rows}
     validation = rows["validation"].materialize()
     measured = int(validation.count())
@@ -136,8 +136,10 @@ def _fit(
         raise TableError(
             "no labelled row is left for validation; raise table.validation_fraction or give table.validation"
         )
+    datasets: dict[str, Any] = {} if fits else {"train": rows["train"]}
+    whole = {"validation": validation, **({"train": rows["train"].materialize()} if fits else {})}
     # Ray keeps its own notes in the scratch folder; the run's checkpoints are ours (`mmray.train.checkpoint`).
-    with progress_queue(on_epoch) as progress, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
+    with news(on_epoch) as told, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
         settings = Settings(
             config=config,
             folder=folder,
@@ -148,9 +150,9 @@ def _fit(
             target_std=counts.target_std,
             num_rows=counts.rows,
             files=[file.uri for file in tables.train.files],
-            cached=cached,
+            cached={split: its.to_arrow_refs() for split, its in whole.items()},
             cutoffs=cutoffs,
-            progress=progress,
+            news=told,
         )
         trainer = Trainer(
             train_worker,
@@ -165,11 +167,10 @@ def _fit(
                 failure_config=ray.train.FailureConfig(train.max_failures),
                 worker_runtime_env=environment(train.use_gpu),  # type: ignore[call-arg]  # as above
             ),
-            datasets={"train": rows["train"].materialize() if cached else rows["train"], "validation": validation},
-            # Every worker sees every row of what is cached, and takes its own; Ray's even split drops the rest.
-            dataset_config=ray.train.DataConfig(datasets_to_split=[] if cached else ["train"]),
+            datasets=datasets,  # what is cached, every worker sees whole
         )
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(has_dashboard()))
         with ctrl_c_is_an_interruption():
             trainer.fit()
     return measured

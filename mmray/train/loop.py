@@ -26,6 +26,7 @@ from mmray.train.interim import Interim, from_first, gather, part_of, resume
 from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
+from mmray.train.trainer import News
 
 EVALUATION_BATCH = 128
 
@@ -47,11 +48,12 @@ class Settings:
     """Training rows."""
     files: Sequence[str]
     """URIs of the training table's files."""
-    cached: bool
+    cached: Mapping[str, Sequence[Any]]
+    """Split -> references to its rows in the object store; a split that is not there is a dataset, and streamed."""
     cutoffs: Mapping[int, float]
     """By epoch, the validation loss above which training ends with it."""
-    progress: Any
-    """A Ray queue for the entries of the history."""
+    news: News
+    """Where the entries of the history go."""
 
     @property
     def num_steps(self) -> int:
@@ -74,7 +76,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
     shared = distribute(loss, train.shard)
     optimizer = build_optimizer(config, model)
     steps = Steps(shared, model, optimizer, config, settings.num_steps, settings.files)
-    rows, validation = _rows(settings), CachedRows("validation")
+    rows, validation = _rows(settings), CachedRows(settings.cached["validation"])
     state = from_first(latest_checkpoint(settings.folder) if rank == 0 else None)
     history: list[dict[str, Any]] = []
     best: dict[str, Tensor] = {}
@@ -106,7 +108,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
             best = weights
         save(weights)
         if rank == 0:
-            settings.progress.put(history[-1])
+            settings.news.tell(history[-1])
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
@@ -171,8 +173,8 @@ def _build(settings: Settings) -> FusionModel:
 
 def _rows(settings: Settings) -> Rows:
     train = settings.config.train
-    if settings.cached:
-        cached = CachedRows("train")
+    if "train" in settings.cached:
+        cached = CachedRows(settings.cached["train"])
         _check_present(cached, settings.config)
         return ShuffledRows(cached, train.batch_size, train.seed)
     return StreamedRows("train", train.batch_size, train.seed)

@@ -7,12 +7,14 @@ are decoded anew each epoch, and shuffled within a buffer.
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
+import ray
 import ray.train
 from numpy.typing import NDArray
+from ray.data.block import BlockAccessor
 
 Batch = Mapping[str, NDArray[np.generic]]
 
@@ -38,10 +40,10 @@ class Rows(Protocol):
 class CachedRows:
     """All rows of a split, as views of the blocks in the object store."""
 
-    def __init__(self, split: str) -> None:
-        shard = ray.train.get_dataset_shard(split)
-        blocks: list[Batch] = [block for block in shard.iter_batches(batch_size=None, batch_format="numpy")]
-        self._blocks = [block for block in blocks if len(block["target"])]
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        """Takes references to the blocks, which are tables of Arrow."""
+        tables = [BlockAccessor.for_block(table) for table in ray.get(list(blocks))]
+        self._blocks = [cast(Batch, table.to_numpy()) for table in tables if table.num_rows()]
         self._starts = np.cumsum([0, *(len(block["target"]) for block in self._blocks)])
 
     def __len__(self) -> int:

@@ -1,30 +1,42 @@
 """Ray Train as a step of ours runs it: what it says, how it is interrupted, and what it leaves out."""
 
+import json
+import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import ray.train.torch
 from ray.experimental import internal_kv
-from ray.util.queue import Empty, Queue
 
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with the history's entry of each epoch as it ends."""
+NAMESPACE = "mmray"
+LISTEN_S = 0.25
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's, but for who cleans up after a controller that dies, where there is no dashboard.
+    """Ray's, without the actors that have nothing to do: each is a process that loads Ray Data.
 
-    That one asks the dashboard for news, and where it gets none, is waited for in vain at the end for 12 seconds.
+    Where there is no dashboard, nobody cleans up after a controller that dies: who would asks the dashboard for news,
+    and where it gets none, is waited for in vain at the end for 12 seconds. Nor does anybody watch for nodes that are
+    about to go. Where there are no datasets nobody manages them.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # its first version has none
-        # The address beside it, "dashboard", is there even of a dashboard that answers nobody.
-        has_dashboard = bool(internal_kv._internal_kv_get("webui:url", namespace="dashboard"))
-        return [c for c in callbacks if has_dashboard or type(c).__name__ != "PlacementGroupCleanerCallback"]
+        idle = {"PlacementGroupCleanerCallback": not has_dashboard(), "DatasetsCallback": not self.datasets}
+        return [callback for callback in callbacks if not idle.get(type(callback).__name__)]
+
+
+def has_dashboard() -> bool:
+    """Whether the cluster has one, as those have that are more than this machine for a while."""
+    # The address beside it, "dashboard", is there even of a dashboard that answers nobody.
+    return bool(internal_kv._internal_kv_get("webui:url", namespace="dashboard"))
 
 
 @contextmanager
@@ -40,23 +52,42 @@ def ctrl_c_is_an_interruption() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+class News:
+    """What workers tell the driver, in the cluster's own key-value store: a queue would be a process more."""
+
+    def __init__(self) -> None:
+        self._prefix = f"{secrets.token_hex(8)}/"
+
+    def tell(self, entry: Mapping[str, Any]) -> None:
+        """Tells the driver something, from anywhere on the cluster."""
+        key = f"{self._prefix}{time.time_ns():020d}"
+        internal_kv._internal_kv_put(key, json.dumps(entry), namespace=NAMESPACE)
+
+    def heard(self) -> list[dict[str, Any]]:
+        """Returns what was told since the last time, the earliest first."""
+        keys = sorted(internal_kv._internal_kv_list(self._prefix, namespace=NAMESPACE))
+        entries = [json.loads(internal_kv._internal_kv_get(key, namespace=NAMESPACE)) for key in keys]
+        for key in keys:
+            internal_kv._internal_kv_del(key, namespace=NAMESPACE)
+        return entries
+
+
 @contextmanager
-def progress_queue(on_epoch: OnEpoch) -> Iterator[Queue]:
-    """Yields a queue whose entries are handed to `on_epoch` as they come."""
-    entries, stop = Queue(actor_options={"num_cpus": 0}), threading.Event()
+def news(on_epoch: OnEpoch) -> Iterator[News]:
+    """Yields news of which each entry is handed to `on_epoch` as it comes."""
+    told, stop = News(), threading.Event()
 
-    def drain() -> None:
-        while not stop.is_set() or not entries.empty():
-            try:
-                on_epoch(entries.get(timeout=0.5))
-            except Empty:
-                continue
+    def listen() -> None:
+        ended = False
+        while not ended:
+            ended = stop.wait(LISTEN_S)  # and once more after that
+            for entry in told.heard():
+                on_epoch(entry)
 
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
-    try:
-        yield entries
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        entries.shutdown()
+    with ThreadPoolExecutor(1) as thread:
+        listening = thread.submit(listen)
+        try:
+            yield told
+        finally:
+            stop.set()
+    listening.result()
