@@ -1,4 +1,4 @@
-"""The quick start, as it is typed, but for fewer epochs."""
+"""The quick start, as it is typed, but for smaller images and fewer epochs."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from processes import mmray
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_demo_does_what_it_says(tmp_path: Path) -> None:
-    run = mmray("demo", "--dir", tmp_path / "demo", "--set", "train.epochs=5")
+    run = mmray("demo", "--dir", tmp_path / "demo", "--set", "train.epochs=5", "--set", "image.size=32")
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "demo" / "scored" / "_SUCCESS").exists()
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
