@@ -1,6 +1,7 @@
 """What this machine gives the processes of a step: CPUs, memory that stays with who had it, a cluster to connect to."""
 
 import os
+import time
 from pathlib import Path
 
 from mmray.errors import ConfigError
@@ -33,6 +34,12 @@ def local_cpus() -> int:
         return max(min(bound, int(quota) // int(period)), 1)
     except (OSError, ValueError):  # no cgroup, or no quota in it
         return bound
+
+
+def process_age() -> float:
+    """Returns the seconds since this process started (field 22 of proc_pid_stat(5), in ticks since the machine did)."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def available_memory() -> int:

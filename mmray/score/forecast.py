@@ -14,7 +14,7 @@ from typing import Any
 from mmray.bundle import load_bundle
 from mmray.errors import ConfigError
 from mmray.histogram import stability_index
-from mmray.machine import available_memory, given_address, local_cpus
+from mmray.machine import available_memory, given_address, local_cpus, process_age
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.predictor import Predictor
 from mmray.profile import SAMPLE_ROWS, Look, Profile, cells_of, look_at, spread_out
@@ -26,7 +26,8 @@ from mmray.slices import Slice, read_slice
 from mmray.source import ImageSource, bytes_or_path
 from mmray.store import REMOTE_SCHEMES
 
-START_S = {True: 1.5, False: 10.0}  # without Ray and with it, beside imports and the loading of the model
+IMPORTS_S, RAY_S = 2.0, 9.0  # of a process that scores, and what Ray takes beside
+YOUNG_S = 60.0  # age of a process that was started for a forecast
 IMPORTS_BYTES = 350 * 2**20  # of a process that has loaded no model yet
 SCHEMES = (*REMOTE_SCHEMES, "file", "http", "https")
 
@@ -96,7 +97,7 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     bundle = load_bundle(bundle_uri)
     source = ImageSource(plan.image_roots, bundle.config.image.max_bytes, options.on_unavailable)
     predictor, inputs = Predictor.on_this_worker(bundle, source, options), bundle.metrics.get("inputs")
-    start_s = START_S[without_ray] + time.perf_counter() - started
+    start_s = _start_s(time.perf_counter() - started) + (0.0 if without_ray else RAY_S)
     pieces = spread_out(plan.slices, sample)
     look, columns, bytes_each = _look(predictor, pieces)
     scores, rows = look.scores.to_pylist(), look.profile.rows
@@ -127,6 +128,12 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     )
     _refuse_what_does_not_fit(found)
     return found
+
+
+def _start_s(loading_s: float) -> float:
+    """Returns what processes take until they score: as long as this one did, if it was started for this."""
+    age = process_age()
+    return age if age < YOUNG_S else IMPORTS_S + loading_s
 
 
 def _refuse_what_does_not_fit(found: Forecast) -> None:
