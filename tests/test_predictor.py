@@ -12,6 +12,7 @@ from models import colour_table, small_bundle, small_config, with_golden
 
 from mmray.bundle import Bundle
 from mmray.errors import BundleError, ConfigError
+from mmray.model.precision import computes_bf16
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.source import ImageSource
@@ -174,6 +175,7 @@ def test_another_model_than_the_golden_rows_were_made_with_is_refused(rows: Path
         predictor(rows, dataclasses.replace(bundle, weights=swapped))
 
 
+@pytest.mark.skipif(not computes_bf16("cpu"), reason="this CPU cannot compute in bf16")
 def test_bf16_stays_within_its_tolerance_of_fp32(rows: Path, table: pa.Table) -> None:
     bundle = with_golden(small_bundle(), rows)
     exact = np.asarray(predictor(rows, bundle).score(table)["probabilities"].to_pylist())

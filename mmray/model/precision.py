@@ -4,13 +4,21 @@ from typing import Literal, get_args
 
 import torch
 
+from mmray.errors import ConfigError
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def resolve_precision(wanted: str, device: str) -> Precision:
-    """Returns the format to use: `auto` means bf16 where the hardware has instructions for it, else fp32."""
+    """Returns the format to use: `auto` means bf16 where the hardware has instructions for it, else fp32.
+
+    Raises:
+        ConfigError: bf16 is wanted, and this machine's CPU cannot compute in it.
+    """
     if wanted == "auto":
         return "bf16" if _has_bf16(device) else "fp32"
+    if wanted == "bf16" and not computes_bf16(device):
+        raise ConfigError("precision bf16: this machine's CPU cannot compute in it; take auto, which is fp32 here")
     (precision,) = (known for known in get_args(Precision) if known == wanted)
     return precision  # type: ignore[no-any-return]
 
@@ -19,6 +27,13 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
     """Returns the context of a forward pass on a device (`cpu`, `cuda`, `cuda:1`)."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.split(":")[0], dtype, enabled=precision != "fp32")
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether every layer can be computed in bf16, fast or not: a CPU of x86 needs AVX-512 for recurrent ones."""
+    capabilities = torch.cpu.get_capabilities()
+    needs_avx512 = not device.startswith("cuda") and capabilities.get("architecture") == "x86_64"
+    return not needs_avx512 or bool(capabilities.get("avx512_bw"))
 
 
 def _has_bf16(device: str) -> bool:
