@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmray.config import Config, FusionConfig, TaskConfig
 from mmray.errors import ConfigError
-from mmray.model import FusionModel
+from mmray.model import FusionModel, precision
 from mmray.model.folding import ActivatedConv, fold
 from mmray.model.fusion import WeightedSum, build_fusion
 from mmray.model.heads import build_head
@@ -363,7 +363,8 @@ def test_folding_leaves_bf16_as_near_as_it_was(name: str) -> None:
 
 
 def test_bf16_is_refused_where_the_cpu_cannot_compute_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "avx2": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(precision, "computes_bf16", lambda device: False)
     with pytest.raises(ConfigError, match="take auto, which is fp32 here"):
         resolve_precision("bf16", "cpu")
     assert resolve_precision("auto", "cpu") == "fp32"

@@ -12,6 +12,8 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mmray.model.precision import computes_bf16
+
 POST_OPS: dict[type[nn.Module], tuple[str, list[float], str]] = {
     nn.ReLU: ("relu", [], ""),
     nn.ReLU6: ("hardtanh", [0.0, 6.0], ""),
@@ -40,7 +42,7 @@ def _folded(network: nn.Module) -> nn.Module:
     traced = torch.fx.symbolic_trace(network)
     folds: dict[tuple[type[nn.Module], ...], Callable[[Any, Any], nn.Module]] = {(nn.BatchNorm2d,): fuse_conv_bn_eval}
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if has_onednn and computes_bf16("cpu"):
         folds[tuple(POST_OPS)] = ActivatedConv
     for kinds, both in folds.items():
         for conv, after in _pairs(traced, kinds):

@@ -30,10 +30,9 @@ def autocast(device: str, precision: Precision) -> torch.autocast:
 
 
 def computes_bf16(device: str) -> bool:
-    """Whether every layer can be computed in bf16, fast or not: a CPU of x86 needs AVX-512 for recurrent ones."""
-    capabilities = torch.cpu.get_capabilities()
-    needs_avx512 = not device.startswith("cuda") and capabilities.get("architecture") == "x86_64"
-    return not needs_avx512 or bool(capabilities.get("avx512_bw"))
+    """Whether every layer can be computed in bf16, fast or not: of CPUs, oneDNN asks x86 for AVX-512."""
+    has_onednn = not device.startswith("cuda") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not has_onednn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _has_bf16(device: str) -> bool:
