@@ -228,6 +228,7 @@ def _reasons(ledger: Ledger, examples: Mapping[str, list[str]]) -> list[ReasonCo
     counts: list[ReasonCount] = []
     for key, count in ledger.reasons_by_count():
         status, reason = key.split("/")
-        about: ReasonCount = {"status": status, "reason": reason, "count": count, "meaning": Reason[reason].meaning}
+        meaning = f"{Reason[reason].meaning} {Reason[reason].remedy}"
+        about: ReasonCount = {"status": status, "reason": reason, "count": count, "meaning": meaning}
         counts.append({**about, "examples": examples[key]} if key in examples else about)
     return counts

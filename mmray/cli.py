@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from mmray import __version__
 from mmray.commands import inspect, plan, schedule, score, serve, submit, train
@@ -57,10 +58,26 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with `mmray demo`. Paths are local, or file://, s3://, gs:// and az:// URIs.",
     )
     parser.add_argument("--version", action="version", version=f"mmray {__version__}")
+    parser.add_argument(
+        "--completion",
+        action=_Completion,
+        choices=["bash", "zsh"],
+        help='print a script for the shell: eval "$(mmray --completion bash)"',
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in (train, inspect, plan, score, schedule, serve, submit):
         group.register(commands)
     return parser
+
+
+class _Completion(argparse.Action):
+    """Prints what a shell reads to complete the words of a command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: object = None) -> None:
+        import shtab
+
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ class _Bar(Progress):
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),  # with the rest within 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),

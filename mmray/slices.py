@@ -6,7 +6,7 @@ function of the files' footers, so the same table is always cut in the same plac
 
 import fnmatch
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -103,7 +103,10 @@ def open_table(
         footers = list(pool.map(lambda item: _read_footer(store, *item), found.items()))
     broken = [footer for footer in footers if isinstance(footer, str)]
     if broken:
-        raise TableError(f"{len(broken)} of {len(found)} files are not readable parquet:\n  " + "\n  ".join(broken))
+        listed = "\n  ".join(broken)
+        raise TableError(
+            f"{len(broken)} of {len(found)} files are not readable parquet:\n  {listed}{_as_parquet(found)}"
+        )
     good = [footer for footer in footers if not isinstance(footer, str)]
     for file, schema in good:
         require_columns(schema, columns, file.uri)
@@ -212,6 +215,15 @@ def _ranges(groups: Sequence[tuple[int, int]], max_rows: int, max_bytes: int) ->
             first, rows, size = first + rows, 0, 0
     if rows:
         yield first, rows
+
+
+def _as_parquet(keys: Iterable[str]) -> str:
+    """Returns how to make parquet of CSV files, where there are some."""
+    name = next((key.rpartition("/")[2] for key in keys if key.lower().endswith((".csv", ".tsv"))), None)
+    if name is None:
+        return ""
+    code = f"import pandas; pandas.read_csv({name!r}).to_parquet({name.rpartition('.')[0] + '.parquet'!r})"
+    return f'\nmake it parquet: python -c "{code}"'
 
 
 def _find(uri: str) -> tuple[Store, dict[str, Entry]]:

@@ -29,38 +29,82 @@ class Reason(StrEnum):
     """Why a row is not `ok`: deterministic faults of its data; the weather only where that was asked for."""
 
     meaning: str
+    remedy: str
+    """What to do about it."""
 
-    def __new__(cls, code: str, meaning: str) -> "Reason":
-        """Makes a code with the sentence that explains it."""
+    def __new__(cls, code: str, meaning: str, remedy: str) -> "Reason":
+        """Makes a code with the sentences that explain it."""
         reason = str.__new__(cls, code)
-        reason._value_, reason.meaning = code, meaning
+        reason._value_, reason.meaning, reason.remedy = code, meaning, remedy
         return reason
 
-    IMAGE_NULL = "IMAGE_NULL", "The image cell is null or empty."
-    MISSING = "MISSING", "No file at the image path, or the server has none there."
+    IMAGE_NULL = "IMAGE_NULL", "The image cell is null or empty.", "Fill it, where there is an image."
+    MISSING = (
+        "MISSING",
+        "No file at the image path, or the server has none there.",
+        "Look at --image-root and the path; `mmray plan` shows examples.",
+    )
     NOT_ALLOWED = (
         "NOT_ALLOWED",
         "The image path or URL leads outside the allowed roots, may not be read, or is answered with a redirect.",
+        "Allow its folder, or https://HOST, with --image-root.",
     )
-    NOT_REGULAR = "NOT_REGULAR", "The image path is a directory, device, pipe or socket."
-    EMPTY_FILE = "EMPTY_FILE", "The image has no bytes."
-    TOO_LARGE_BYTES = "TOO_LARGE_BYTES", "The image has more bytes than `image.max_bytes`."
+    NOT_REGULAR = "NOT_REGULAR", "The image path is a directory, device, pipe or socket.", "Name a file."
+    EMPTY_FILE = "EMPTY_FILE", "The image has no bytes.", "Copy it again."
+    TOO_LARGE_BYTES = (
+        "TOO_LARGE_BYTES",
+        "The image has more bytes than `image.max_bytes`.",
+        "Make it smaller, or train with a larger limit.",
+    )
     TOO_MANY_PIXELS = (
         "TOO_MANY_PIXELS",
         "The image has more pixels than `image.max_pixels`, or a longer side than `max_side`.",
+        "Make it smaller, or train with a larger limit.",
     )
-    BAD_FORMAT = "BAD_FORMAT", "The bytes are of no supported image format."
-    TRUNCATED = "TRUNCATED", "The image ends before its data does."
-    DECODE_ERROR = "DECODE_ERROR", "The decoder refused the bytes."
-    DECODE_CRASH = "DECODE_CRASH", "Preparing the row kills the process that does it."
-    DECODE_TIMEOUT = "DECODE_TIMEOUT", "Preparing the row does not come to an end."
-    DECODE_OOM = "DECODE_OOM", "Preparing the row takes more memory than any image that is allowed can need."
-    UNAVAILABLE = "UNAVAILABLE", "The image could not be read now, and `--on-unavailable record` says to go on without."
-    TEXT_NULL = "TEXT_NULL", "The text cell is null."
-    TEXT_EMPTY = "TEXT_EMPTY", "The text holds no token: empty, or nothing but white space."
-    TEXT_INVALID = "TEXT_INVALID", "The text cell is not valid UTF-8."
-    NONFINITE_OUTPUT = "NONFINITE_OUTPUT", "The model gave NaN or infinity."
-    MODEL_CRASH = "MODEL_CRASH", "Running the model on the row kills the process that does it, or does not end."
+    BAD_FORMAT = (
+        "BAD_FORMAT",
+        "The bytes are of no supported image format.",
+        "Save it as JPEG, PNG, WEBP, GIF, BMP or TIFF; a page of HTML is what a failed download leaves.",
+    )
+    TRUNCATED = "TRUNCATED", "The image ends before its data does.", "Copy it again."
+    DECODE_ERROR = "DECODE_ERROR", "The decoder refused the bytes.", "Save it again with another program."
+    DECODE_CRASH = (
+        "DECODE_CRASH",
+        "Preparing the row kills the process that does it.",
+        "Save the image again with another program, and do not trust its source.",
+    )
+    DECODE_TIMEOUT = (
+        "DECODE_TIMEOUT",
+        "Preparing the row does not come to an end.",
+        "Save the image again with another program, and do not trust its source.",
+    )
+    DECODE_OOM = (
+        "DECODE_OOM",
+        "Preparing the row takes more memory than any image that is allowed can need.",
+        "Save the image again with another program, and do not trust its source.",
+    )
+    UNAVAILABLE = (
+        "UNAVAILABLE",
+        "The image could not be read now, and `--on-unavailable record` says to go on without.",
+        "Score it again when the store answers: `mmray tick --retry-failed` does.",
+    )
+    TEXT_NULL = "TEXT_NULL", "The text cell is null.", "Fill it, where there is a text."
+    TEXT_EMPTY = (
+        "TEXT_EMPTY",
+        "The text holds no token: empty, or nothing but white space.",
+        "Fill it, where there is a text.",
+    )
+    TEXT_INVALID = "TEXT_INVALID", "The text cell is not valid UTF-8.", "Write the column again as UTF-8."
+    NONFINITE_OUTPUT = (
+        "NONFINITE_OUTPUT",
+        "The model gave NaN or infinity.",
+        "Look at it with `mmray explain-row`; with --precision bf16, try fp32.",
+    )
+    MODEL_CRASH = (
+        "MODEL_CRASH",
+        "Running the model on the row kills the process that does it, or does not end.",
+        "Look at the row's image and text; on another machine it may pass.",
+    )
 
 
 class Fault(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,20 @@ def test_the_help_of_each_command_fits_a_screen(command: str, capsys: pytest.Cap
         main([command, "--help"])
     assert caught.value.code == 0
     assert 3 < len(capsys.readouterr().out.splitlines()) <= 40
+
+
+def test_a_shell_completes_commands_and_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--completion", "bash"])
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> set[str]:
+        script = 'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_mmray; echo "${COMPREPLY[@]}"'
+        command = ["bash", "-c", script, "bash", "mmray", *words]
+        return set(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("ve") == {"verify"}
+    assert {"--precision", "--probabilities", "--placement"} <= completed("score", "--p")
 
 
 def test_a_bundle_says_what_it_is(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:

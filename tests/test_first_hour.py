@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,6 +36,20 @@ def test_a_wrong_column(rows: Path, bundle: str, capsys: pytest.CaptureFixture[s
         f"mmray: error: {rows}/part-0.parquet has no column 'img_path'; did you mean 'image_path'? "
         "It has: id, image_path, text, label, value, both, is_red"
     )
+
+
+def test_a_csv_becomes_a_table_by_the_command_that_its_refusal_names(
+    rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.read_table(rows / "part-0.parquet").drop_columns("both").to_pandas().to_csv(tmp_path / "my rows.csv")
+    command = told(capsys, 2, "score", bundle, tmp_path / "my rows.csv", tmp_path / "out")
+    code = """import pandas; pandas.read_csv('my rows.csv').to_parquet('my rows.parquet')"""
+    assert command == f'make it parquet: python -c "{code}"'
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    ledger = score_in_process(
+        bundle, str(tmp_path / "my rows.parquet"), str(tmp_path / "out"), ScoreConfig(image_roots=(str(rows),))
+    )
+    assert ledger.statuses == {"ok": 20}
 
 
 def test_a_wrong_root(rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,17 +105,18 @@ def _add_errors(commands: Any) -> None:
 
 def _errors(args: argparse.Namespace) -> None:
     from mmray.score.problems import problems
+    from mmray.table import Reason
 
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for problem in problems(args.output, args.column, args.reason):
         if counts.total() < args.limit:
             extra = "".join(f"  {name}={value!r}" for name, value in problem.cells.items())
             print(f"{problem.key}:{problem.row}  {problem.status}  {problem.detail}{extra}")
-        counts[f"{problem.status:<9} {problem.reason}"] += 1
+        counts[problem.status, problem.reason] += 1
     if counts.total() > args.limit:
         print(f"... and {counts.total() - args.limit:,} more; --limit shows more, --reason one kind")
-    for name, count in counts.most_common():
-        print(f"{count:>12,}  {name}")
+    for (status, reason), count in counts.most_common():
+        print(f"{count:>12,}  {status:<9} {reason:<16}  {Reason[reason].meaning} {Reason[reason].remedy}")
     if not counts:
         print("every row is ok" if args.reason is None else f"no row has the reason {args.reason}")
 

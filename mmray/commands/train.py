@@ -43,6 +43,7 @@ def _add_train(commands: Any) -> None:
         "described in mmray/config.py. A run that was interrupted continues with the same command.",
     )
     _add_config(train)
+    add_progress(train)
     train.set_defaults(run=_train)
 
 
@@ -61,7 +62,9 @@ def _train(args: argparse.Namespace) -> None:
     from mmray.train.job import train_model
 
     config = load_config(args.config, args.set)
-    result = train_model(config, on_epoch=lambda entry: print(epoch_line(entry), file=sys.stderr))
+    result = train_model(
+        config, on_epoch=lambda entry: None if args.quiet else print(epoch_line(entry), file=sys.stderr)
+    )
     if not result.trained_epochs:
         print("this run is finished already; another train.name or configuration starts a new one", file=sys.stderr)
     print(f"best epoch: {epoch_line(result.best)}", file=sys.stderr)

@@ -122,6 +122,7 @@ class ReasonCount(TypedDict):
     reason: str
     count: int
     meaning: str
+    """What it means, and what to do."""
     examples: NotRequired[list[str]]
     """Some of these rows, and what was wrong with them."""
 

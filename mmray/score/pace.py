@@ -15,6 +15,7 @@ from mmray.score.commit import Receipt
 MAX_POINTS = 200  # of a run, however many slices it has
 
 
+LEAST_SHARE = 0.005  # that is worth a word
 STAGES = {"read": "reading", "prepare": "preparing", "forward": "model", "commit": "writing", "isolated": "apart"}
 """Stage of a slice -> its name for people."""
 
@@ -22,7 +23,8 @@ STAGES = {"read": "reading", "prepare": "preparing", "forward": "model", "commit
 def shares(stages: Mapping[str, float]) -> str:
     """Returns the share of each stage in the seconds of all, for people."""
     total = sum(stages.values()) or 1.0
-    return ", ".join(f"{name} {stages[key] / total:.0%}" for key, name in STAGES.items() if key in stages)
+    found = {name: stages[key] / total for key, name in STAGES.items() if key in stages}
+    return ", ".join(f"{name} {share:.0%}" for name, share in found.items() if share >= LEAST_SHARE)
 
 
 @dataclass(frozen=True)
