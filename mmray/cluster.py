@@ -63,7 +63,7 @@ def cluster(num_cpus: int | None = None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             _start_local((num_cpus or local_cpus()) + SPARE_CPUS)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except Exception as error:  # of any class: Ray has none of its own for this
         raise EnvironmentFaultError(
             f"cannot {'reach the Ray cluster at ' + address if address else 'start Ray'}: {error}"
         ) from error
@@ -250,6 +250,16 @@ def unwrap(error: BaseException, what: str) -> MmrayError:
 
 
 def _start_local(num_cpus: int) -> None:
+    """Starts a cluster on this machine; Ray gives its processes 30 s, which on a busy one may not do at once."""
+    try:
+        _init_local(num_cpus)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        _init_local(num_cpus)
+
+
+def _init_local(num_cpus: int) -> None:
     # A local cluster asks for a token. Ray would write one into the home folder, and say so at length.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
+import ray
 from models import score_in_process
 from processes import ALONE, check_interruptions, mmray, num_parts, pid_at_work, pids_at_work, started, wait_for
 
 from mmray.bundle import load_bundle, save_bundle
-from mmray.errors import BundleError
+from mmray.cluster import cluster
+from mmray.errors import BundleError, EnvironmentFaultError
 from mmray.options import ScoreConfig
+from mmray.score.commit import Receipt
 from mmray.score.job import score_table
-from mmray.score.ledger import Ledger
 from mmray.score.plan import make_plan
 from mmray.score.verify import verify_output
 
@@ -33,8 +35,9 @@ def test_scoring_on_a_cluster_gives_what_one_process_gives(
     seen: list[int] = []
     environments: list[bytes] = []
 
-    def look(ledger: Ledger) -> None:
-        seen.append(ledger.rows)
+    def look(receipt: Receipt) -> None:
+        assert receipt.seconds.keys() >= {"forward", "commit"}
+        seen.append(receipt.ledger.rows)
         actors = [pid for pid in Path("/proc").glob("[0-9]*") if b"Placed" in read(pid / "cmdline")]
         environments.extend(read(actor / "environ") for actor in actors)
 
@@ -48,6 +51,20 @@ def test_scoring_on_a_cluster_gives_what_one_process_gives(
         pyarrow.dataset.dataset(str(tmp_path / name / "data")).to_table().sort_by("id") for name in ("out", "alone")
     ]
     assert tables[0].equals(tables[1])
+
+
+def test_a_cluster_that_does_not_start_in_time_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def late(**arguments: object) -> None:
+        tried.append(arguments)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(EnvironmentFaultError, match="cannot start Ray: The current node timed out"), cluster(1):
+        pass
+    assert len(tried) == 2
 
 
 def test_a_bundle_that_this_machine_cannot_reproduce_stops_the_run_with_its_own_words(

@@ -166,7 +166,7 @@ def test_a_disk_that_fails_at_any_step_is_a_fault_that_the_same_command_resumes(
     assert failed > 30
 
 
-def end(ledger: object) -> None:
+def end(receipt: object) -> None:
     raise Death
 
 

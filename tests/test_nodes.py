@@ -138,7 +138,7 @@ def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, 
     output, labels = tmp_path / "out", {"purpose": "other"}
     doomed, lost = nodes.cluster.add_node(num_cpus=1, labels=labels, **NODE), list[int]()
 
-    def lose(ledger: Any) -> None:
+    def lose(receipt: Any) -> None:
         ready = {event["node"] for event in nodes.events(run_of(output)) if event["event"] == "ready"}
         if doomed.node_id in ready and not lost:
             nodes.cluster.remove_node(doomed, allow_graceful=False)
