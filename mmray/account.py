@@ -30,12 +30,11 @@ from mmray.score.ledger import Ledger
 from mmray.score.pace import STAGES
 from mmray.score.problems import problems
 from mmray.score.samples import sample_scored
-from mmray.score.scored import Group, grouped, image_weights
+from mmray.score.scored import MAX_GROUPS, OTHERS, Group, grouped, image_weights
 from mmray.score.verify import VerifyReport, verify_output
 from mmray.table import Reason
 
 MAX_EXAMPLES = 3  # of each reason
-MAX_GROUPS = 20  # of a column; the rows of rarer values are one more
 RATES = 30  # points of a rate over time
 
 
@@ -125,7 +124,7 @@ def _of_rows(output: str, by: str | None) -> dict[str, Any]:
 def _groups(groups: Sequence[Group]) -> list[ScoredGroup]:
     shown = list(groups[:MAX_GROUPS])
     if rest := groups[MAX_GROUPS:]:
-        others = Group("(other values)", score_sum=sum(g.score_sum for g in rest), scored=sum(g.scored for g in rest))
+        others = Group(OTHERS, score_sum=sum(g.score_sum for g in rest), scored=sum(g.scored for g in rest))
         others.statuses = dict(sum((Counter(group.statuses) for group in rest), Counter[str]()))
         shown.append(others)
     return [

@@ -18,6 +18,8 @@ from mmray.errors import MmrayError
 from mmray.stop import terminate
 
 INTERRUPTED = 130
+PATHS = {"BUNDLE", "INPUT", "OUTPUT", "TABLE", "ROOT", "DIR", "FILE", "CONFIG.toml"}
+"""What arguments are called that are paths, which a shell completes."""
 
 
 def run() -> None:
@@ -76,6 +78,11 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: object = None) -> None:
         import shtab
 
+        (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        for command in commands.values():
+            for action in command._actions:
+                if action.metavar in PATHS:
+                    action.complete = shtab.FILE
         print(shtab.complete(parser, values))
         parser.exit()
 

@@ -8,13 +8,14 @@ keeps outputs and targets (4 bytes for each label, view and weight), not rows.
 import io
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from mmray.bundle import load_bundle
@@ -26,18 +27,16 @@ from mmray.metrics import measure
 from mmray.mistakes import Mistake, worst_of, worst_rows
 from mmray.options import ScoreConfig, column_of
 from mmray.predictor import Predictor
+from mmray.score.scored import MAX_GROUPS, OTHERS, group_name
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow, slices_to_arrow
 from mmray.source import ImageSource
 from mmray.store import open_store
 from mmray.table import cells, require_types
 
 FUSED, LATE = "all modalities", "late average"
-FEW_ROWS = 20_000  # of which a 64th shows whether all of them would take long
+FEW_ROWS = 20_000  # of which the first slice shows whether all of them would take long
 PATIENCE_S = 15.0  # that a cluster and its processes take to start
 ALPHAS = tuple(k / 10 for k in range(11))
-MAX_GROUPS = 20  # of a column; the rows of rarer values are one more
-MAX_NAME = 64  # characters of a value
-OTHERS = "(other values)"
 USED = "modalities used"
 Metrics = Mapping[str, float | None]
 Arguments = tuple[str, tuple[str, ...], str | None, str | None]
@@ -125,25 +124,34 @@ def evaluate_bundle(
 
 def _predicted(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
     """Yields what `SlicePredictor` finds in slices: here, as long as that is sooner than others would begin."""
-    left, started, done = list(slices), time.perf_counter(), 0
+    done = 0
     if _begins_here(sum(piece.num_rows for piece in slices), options):
-        predictor = SlicePredictor(*arguments, options)
-        while left and (options.local or _seconds_left(left, done, started) < PATIENCE_S):
-            yield predictor(slices_to_arrow([left[0]])).to_pylist()[0]
-            done += left.pop(0).num_rows
-    if left:
-        yield from _on_ray(left, arguments, options)
+        for part in _here(slices, arguments, options):
+            yield part
+            done += 1
+    if done < len(slices):
+        yield from _on_ray(slices[done:], arguments, options)
 
 
 def _begins_here(rows: int, options: ScoreConfig) -> bool:
     if options.local is not None:
         return options.local
-    return not (options.needs_cluster or options.gpus_per_actor) and rows <= FEW_ROWS and is_alone()
+    many = options.needs_cluster or options.num_actors or options.gpus_per_actor
+    return not many and rows <= FEW_ROWS and is_alone()
 
 
-def _seconds_left(left: Sequence[Slice], done: int, started: float) -> float:
-    each = (time.perf_counter() - started) / done if done else 0.0
-    return each * sum(piece.num_rows for piece in left)
+def _here(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Iterator[dict[str, Any]]:
+    """Yields what is found in the first slices, or in all of them; a row that kills ends this process."""
+    threads = torch.get_num_threads()
+    try:
+        predictor, started = SlicePredictor(*arguments, options), time.perf_counter()
+        for k, piece in enumerate(slices):
+            seconds_left = (time.perf_counter() - started) / max(k, 1) * (len(slices) - k)
+            if k and seconds_left > PATIENCE_S and not options.local:
+                return
+            yield predictor(slices_to_arrow([piece])).to_pylist()[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _on_ray(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
@@ -184,7 +192,7 @@ class SlicePredictor:
             f"group/{USED}": np.asarray([name or "none" for name in used], np.str_),
         }
         if self._by is not None:
-            arrays[f"group/{self._by}"] = np.asarray([_group_name(cell) for cell in cells(table[self._by])], np.str_)
+            arrays[f"group/{self._by}"] = np.asarray([group_name(cell) for cell in cells(table[self._by])], np.str_)
         if prediction.image_weight is not None:
             arrays["image_weight"] = prediction.image_weight
         names = [f"{piece.uri.rpartition('/')[2]}:{piece.first_row + place}" for place in places]
@@ -209,10 +217,6 @@ class SlicePredictor:
         known = np.asarray([is_label(value, bundle.config.task.kind, bundle.labels) for value in values], bool)
         places = np.flatnonzero(asked & known)
         return table.take(places), places, int((asked & ~known).sum())
-
-
-def _group_name(cell: Any) -> str:
-    return "(null)" if cell is None else str(cell)[:MAX_NAME]
 
 
 def _packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:

@@ -140,7 +140,7 @@ class Predictor:
             alphas: also predict each row at these weights of the image, where the fusion has one.
         """
         forward = partial(self._in_turn, alone=alone, alphas=alphas)
-        parts = [timed(self._on_stage, "forward", forward, part) for part in self._batches(columns)]
+        parts = [forward(part) for part in self._batches(columns)]
         if not parts:
             return forward(self._preprocess({name: [None] for name in self.modalities})).head(0)
         return Prediction.concatenate(parts)
@@ -166,8 +166,9 @@ class Predictor:
         return self._thread.submit(timed, self._on_stage, "prepare", self._preprocess, columns)
 
     def _in_turn(self, features: Features, alone: bool, alphas: Sequence[float]) -> Prediction:
-        with self._turn:
-            return self.predict_features(features, alone=alone, alphas=alphas)
+        predict = partial(self.predict_features, alone=alone, alphas=alphas)
+        with self._turn:  # the wait for which is no time of the model
+            return timed(self._on_stage, "forward", predict, features)
 
     def predict_features(self, features: Features, *, alone: bool = False, alphas: Sequence[float] = ()) -> Prediction:
         """Predicts B rows that were preprocessed, as one batch; as smaller ones from when one did not fit in memory.

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mmray.score.commit import Receipt
     from mmray.score.plan import Plan
 
+AtWork = Callable[[], int | None]
+"""Asks the store how many slices are being worked at."""
+LOOK_EVERY_S = 5.0
 LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives, seldom enough for a log
 EVENT_EVERY_S = 1.0
 
@@ -67,9 +70,6 @@ def duration(seconds: float) -> str:
 class Display(Protocol):
     """Where a state is shown."""
 
-    every_s: float
-    """Seconds between two looks at what costs a request."""
-
     def show(self, state: State) -> None:
         """Shows a state, as often as is fit."""
 
@@ -82,20 +82,21 @@ class RowProgress:
 
     def __init__(self, display: Display) -> None:
         self._display, self._state = display, State("", 0, 0)
-        self._at_work: Callable[[], int] | None = None
-        self._since, self._counted, self._looked = 0.0, 0, 0.0
+        self._at_work: AtWork | None = None
+        self._since: float | None = None
+        self._counted, self._looked = 0, float("-inf")
 
-    def start(self, what: str, rows: int, done: int = 0, at_work: Callable[[], int] | None = None) -> None:
+    def start(self, what: str, rows: int, done: int = 0, at_work: AtWork | None = None) -> None:
         """Begins with a number of rows, some of which may be done.
 
         Args:
             what: is done to them.
             rows: how many there are.
             done: how many of them are.
-            at_work: gives the number of slices that are being worked at.
+            at_work: see `AtWork`; asked now and then.
         """
         self._state, self._at_work = State(what, rows, done), at_work
-        self._since, self._counted = monotonic(), 0
+        self._since, self._counted = None, 0
         self._display.show(self._state)
 
     def advance(
@@ -108,20 +109,22 @@ class RowProgress:
             state.statuses[status] = state.statuses.get(status, 0) + number
         for stage, seconds in (stages or {}).items():
             state.stages[stage] = state.stages.get(stage, 0.0) + seconds
-        if self._counted:
+        if (
+            self._since is None
+        ):  # what the first ones took is the start of the processes, which says nothing of the rest
+            self._since = now
+        else:
+            self._counted += rows
             state.rows_per_s = self._counted / max(now - self._since, 1e-9)
             state.seconds_left = round((state.rows - state.done) / state.rows_per_s, 1)
-            self._counted += rows
-        else:  # what the first ones took is the start of the processes, which says nothing of the rest
-            self._since, self._counted = now, rows
-        if self._at_work is not None and now - self._looked >= self._display.every_s:
+        if self._at_work is not None and now - self._looked >= LOOK_EVERY_S:
             self._looked, state.slices_at_work = now, self._at_work()
         self._display.show(state)
 
     def of_scoring(self) -> dict[str, Any]:
         """Returns the callbacks of `score_table` that show it."""
 
-        def start(plan: "Plan", done: int, at_work: Callable[[], int]) -> None:
+        def start(plan: "Plan", done: int, at_work: AtWork) -> None:
             self.start("scoring", plan.num_rows, done, at_work)
 
         def advance(receipt: "Receipt") -> None:
@@ -135,7 +138,7 @@ def row_progress(*, quiet: bool = False, events: bool = False) -> Iterator[RowPr
     """Yields a progress display for the duration of a `with` block.
 
     Args:
-        quiet: shows nothing.
+        quiet: shows nothing, whatever else is asked for.
         events: writes JSON lines to stdout, for machines; else it is for people, on stderr.
     """
     display = _display(quiet, events)
@@ -151,17 +154,15 @@ def event(name: str, **fields: Any) -> None:
 
 
 def _display(quiet: bool, events: bool) -> Display:
-    if events:
-        return _Events()
     if quiet:
         return _Nothing()
+    if events:
+        return _Events()
     console = Console(file=sys.stderr, highlight=False)
     return _Bar(console) if console.is_terminal else _Lines(console)
 
 
 class _Nothing:
-    every_s = float("inf")
-
     def show(self, state: State) -> None:
         pass
 
@@ -170,14 +171,12 @@ class _Nothing:
 
 
 class _Events:
-    every_s = EVENT_EVERY_S
-
     def __init__(self) -> None:
         self._last = float("-inf")
 
     def show(self, state: State) -> None:
         now = monotonic()
-        if now - self._last >= self.every_s or state.done == state.rows:
+        if now - self._last >= EVENT_EVERY_S or state.done == state.rows:
             self._last = now
             event("progress", **state.to_dict())
 
@@ -186,14 +185,12 @@ class _Events:
 
 
 class _Lines:
-    every_s = LINE_EVERY_S
-
     def __init__(self, console: Console) -> None:
         self._console, self._last = console, monotonic()
 
     def show(self, state: State) -> None:
         now = monotonic()
-        if now - self._last < self.every_s or state.seconds_left is None:
+        if now - self._last < LINE_EVERY_S or state.seconds_left is None:
             return
         self._last = now
         rate = f"{state.rows_per_s:,.0f} rows/s, {duration(state.seconds_left)} left"
@@ -205,8 +202,6 @@ class _Lines:
 
 
 class _Bar(Progress):
-    every_s = EVENT_EVERY_S
-
     def __init__(self, console: Console) -> None:
         columns = (
             TextColumn("{task.description}"),

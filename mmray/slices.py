@@ -6,6 +6,7 @@ function of the files' footers, so the same table is always cut in the same plac
 
 import fnmatch
 import os
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -105,7 +106,8 @@ def open_table(
     if broken:
         listed = "\n  ".join(broken)
         raise TableError(
-            f"{len(broken)} of {len(found)} files are not readable parquet:\n  {listed}{_as_parquet(found)}"
+            f"{len(broken)} of {len(found)} files are not readable parquet:\n  {listed}"
+            + _as_parquet(map(store.child, found))
         )
     good = [footer for footer in footers if not isinstance(footer, str)]
     for file, schema in good:
@@ -217,13 +219,14 @@ def _ranges(groups: Sequence[tuple[int, int]], max_rows: int, max_bytes: int) ->
         yield first, rows
 
 
-def _as_parquet(keys: Iterable[str]) -> str:
-    """Returns how to make parquet of CSV files, where there are some."""
-    name = next((key.rpartition("/")[2] for key in keys if key.lower().endswith((".csv", ".tsv"))), None)
+def _as_parquet(uris: Iterable[str]) -> str:
+    """Returns how to make parquet of a CSV file, where there is one on this machine."""
+    name = next((uri for uri in uris if uri.lower().endswith((".csv", ".tsv")) and "://" not in uri), None)
     if name is None:
         return ""
-    code = f"import pandas; pandas.read_csv({name!r}).to_parquet({name.rpartition('.')[0] + '.parquet'!r})"
-    return f'\nmake it parquet: python -c "{code}"'
+    how = ", sep='\\t'" if name.lower().endswith("tsv") else ""
+    code = f"import pandas; pandas.read_csv({name!r}{how}).to_parquet({name[:-4] + '.parquet'!r})"
+    return f"\nmake it parquet: python -c {shlex.quote(code)}"
 
 
 def _find(uri: str) -> tuple[Store, dict[str, Entry]]:

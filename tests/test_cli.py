@@ -53,6 +53,7 @@ def test_a_shell_completes_commands_and_flags(capsys: pytest.CaptureFixture[str]
 
     assert completed("ve") == {"verify"}
     assert {"--precision", "--probabilities", "--placement"} <= completed("score", "--p")
+    assert completed("score", "compl") == {"completion"}, "a file of this folder"
 
 
 def test_a_bundle_says_what_it_is(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:

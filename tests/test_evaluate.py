@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process, small_bundle, small_config
 
+from mmray import evaluate
 from mmray.bundle import save_bundle
 from mmray.errors import ConfigError, TableError
-from mmray.evaluate import ALPHAS, FUSED, LATE, MAX_GROUPS, OTHERS, USED, evaluate_bundle
+from mmray.evaluate import ALPHAS, FUSED, LATE, USED, evaluate_bundle
 from mmray.mistakes import NUM_MISTAKES
+from mmray.options import ScoreConfig
 from mmray.report import write_report
+from mmray.score.scored import MAX_GROUPS, OTHERS
 from mmray.summary import evaluation_json, evaluation_report, evaluation_text
 
 
@@ -171,3 +175,19 @@ def test_a_model_of_texts_alone_is_measured_without_views(rows: Path, tmp_path: 
     evaluation = evaluate_bundle(text_only, str(rows))
     assert set(evaluation.metrics) == {FUSED}
     write_report(tmp_path, evaluation_report(evaluation, text_only))
+
+
+def test_what_would_take_long_here_is_left_to_a_cluster(
+    rows: Path, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, handed_over = evaluate_bundle(bundle, str(rows), ScoreConfig(slice_rows=10)), list[Any]()
+
+    def on_ray(slices: Any, arguments: Any, options: ScoreConfig) -> Iterator[Any]:
+        handed_over.extend(slices)
+        yield from evaluate._here(slices, arguments, options.model_copy(update={"local": True}))
+
+    monkeypatch.setattr(evaluate, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(evaluate, "_on_ray", on_ray)
+    parted = evaluate_bundle(bundle, str(rows), ScoreConfig(slice_rows=10))
+    assert [piece.index for piece in handed_over] == list(range(1, len(handed_over) + 1)), "all but the first"
+    assert parted.metrics == whole.metrics

@@ -36,6 +36,8 @@ def test_it_gives_the_files_of_one_process_byte_for_byte_and_loads_no_ray(
     assert done["rows_over_time"][-1][1] == 240, "rows over time"
     assert done["stages"].keys() == {"read", "prepare", "forward", "commit"}
     assert all(seconds > 0 for seconds in done["stages"].values())
+    pace = json.loads((output / "_mmray" / "pace.json").read_text())
+    assert pace["rows_over_time"] == done["rows_over_time"], "kept for the report"
     score_in_process(bundle, str(rows), str(tmp_path / "alone"), options)
     assert scored_files(output) == scored_files(tmp_path / "alone")
     assert mmray("verify", output, "--level", 2).returncode == 0

@@ -76,7 +76,7 @@ def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.Captu
 
 
 def test_who_wants_quiet_gets_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with row_progress(quiet=True) as progress:
+    with row_progress(quiet=True, events=True) as progress:
         half_done(progress, clock)
     assert capsys.readouterr() == ("", "")
 

@@ -39,7 +39,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     if args.sample < 1:
         raise ConfigError(f"--sample: takes at least one row, got {args.sample}")
-    found = forecast(args.bundle, args.table, score_config(args), args.sample)
+    found = forecast(args.bundle, args.table, score_config(args), args.sample, fresh=True)
     if args.json:
         print(json.dumps({**asdict(found), "drift": found.drift, "limit": found.limit}, indent=1))
         return

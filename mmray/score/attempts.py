@@ -49,6 +49,13 @@ class Attempts:
             with suppress(EnvironmentFaultError):  # it would cost the next attempt time, and no more
                 self._store.delete(key)
 
+    def at_work(self) -> int | None:
+        """Returns how many slices have been begun and are not done; None where the store does not say."""
+        try:
+            return len({key.rpartition("-")[0] for key in self._store.list(FOLDER)})
+        except EnvironmentFaultError:
+            return None
+
     def left(self) -> int:
         """Returns how many attempts have not come to an end."""
         return len(self._store.list(FOLDER))

@@ -173,7 +173,7 @@ class Output:
         """Returns what `note_pace` kept, if it did."""
         try:
             pace: dict[str, Any] = json.loads(self.store.read(PACE))
-        except FileNotFoundError:
+        except (FileNotFoundError, EnvironmentFaultError, ValueError):
             return None
         return pace
 

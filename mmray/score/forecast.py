@@ -27,7 +27,6 @@ from mmray.source import ImageSource, bytes_or_path
 from mmray.store import REMOTE_SCHEMES
 
 IMPORTS_S, RAY_S = 2.0, 9.0  # of a process that scores, and what Ray takes beside
-YOUNG_S = 60.0  # age of a process that was started for a forecast
 IMPORTS_BYTES = 350 * 2**20  # of a process that has loaded no model yet
 SCHEMES = (*REMOTE_SCHEMES, "file", "http", "https")
 
@@ -84,8 +83,17 @@ class _Cost:
     gpu_hours: float
 
 
-def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int = SAMPLE_ROWS) -> Forecast:
+def forecast(
+    bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int = SAMPLE_ROWS, *, fresh: bool = False
+) -> Forecast:
     """Forecasts the scoring of a table by this machine.
+
+    Args:
+        bundle_uri: folder or URI of a bundle.
+        table_uri: parquet file, folder or glob.
+        options: how it would be scored.
+        sample: rows looked at.
+        fresh: whether this process was started for this: then it has just taken as long as one that scores will.
 
     Raises:
         ConfigError: it does not hold so many processes; says what they need. Of a cluster that is given nobody knows.
@@ -97,7 +105,8 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     bundle = load_bundle(bundle_uri)
     source = ImageSource(plan.image_roots, bundle.config.image.max_bytes, options.on_unavailable)
     predictor, inputs = Predictor.on_this_worker(bundle, source, options), bundle.metrics.get("inputs")
-    start_s = _start_s(time.perf_counter() - started) + (0.0 if without_ray else RAY_S)
+    loading_s = process_age() if fresh else IMPORTS_S + time.perf_counter() - started
+    start_s = loading_s + (0.0 if without_ray else RAY_S)
     pieces = spread_out(plan.slices, sample)
     look, columns, bytes_each = _look(predictor, pieces)
     scores, rows = look.scores.to_pylist(), look.profile.rows
@@ -128,12 +137,6 @@ def forecast(bundle_uri: str, table_uri: str, options: ScoreConfig, sample: int 
     )
     _refuse_what_does_not_fit(found)
     return found
-
-
-def _start_s(loading_s: float) -> float:
-    """Returns what processes take until they score: as long as this one did, if it was started for this."""
-    age = process_age()
-    return age if age < YOUNG_S else IMPORTS_S + loading_s
 
 
 def _refuse_what_does_not_fit(found: Forecast) -> None:

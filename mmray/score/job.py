@@ -28,8 +28,8 @@ from mmray.store import open_store
 from mmray.table import Status
 
 MAX_DEATHS = 100  # of processes in one run, or a quarter of its slices, whichever is more: some rows kill, not most
-OnStart = Callable[[Plan, int, Callable[[], int]], None]
-"""Called with the plan, the number of rows that are there already, and what says how many slices are at work."""
+OnStart = Callable[[Plan, int, Callable[[], int | None]], None]
+"""Called with the plan, the number of rows that are there already, and what asks how many slices are at work."""
 OnSlice = Callable[[Receipt], None]
 """Called with the receipt of each slice as it is committed."""
 
@@ -134,7 +134,7 @@ def score_plan(
     done = target.committed(plan.hash)
     todo = tuple(piece for piece in plan.slices if piece.index not in done)
     attempts, manifest = Attempts(target.store), Manifest()
-    on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done), attempts.left)
+    on_start(plan, sum(piece.num_rows for piece in plan.slices if piece.index in done), attempts.at_work)
     if todo:
         for receipt in _run(open_store(bundle).uri, target.store.uri, plan, todo, options, carry):
             manifest.add(receipt)

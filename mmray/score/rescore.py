@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mmray.bundle import load_bundle
 from mmray.errors import BundleError
+from mmray.model.precision import computes_bf16
 from mmray.options import ScoreConfig
 from mmray.predictor import TOLERANCE, Predictor
 from mmray.score.commit import Output, note_of, part_key
@@ -40,6 +41,8 @@ def rescorer(bundle: str, owner: Mapping[str, Any]) -> Predictor:
             f"({identity['fingerprint'][:12]}); give that one with --bundle"
         )
     given = {name: value for name, value in identity["options"].items() if name in ScoreConfig.model_fields}
+    if given.get("precision") == "bf16" and not computes_bf16("cpu"):  # of a GPU, say: then as near as bf16 is
+        given["precision"] = "fp32"
     options = ScoreConfig.model_validate(given)
     return Predictor.on_this_worker(loaded, ImageSource(options.image_roots, loaded.config.image.max_bytes), options)
 

@@ -8,10 +8,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray.mistakes import picture, shortened
 from mmray.predictor import Predictor
-from mmray.score.rescore import rescorer
+from mmray.score.rescore import LEFT_ALONE, rescorer
 from mmray.score.scored import batches, files_of, some_of
 from mmray.table import cells
 
@@ -60,9 +61,10 @@ def _spread(output: str, number: int) -> list[tuple[str, int]]:
     """Returns file and row of scored rows, from the lowest score to the highest."""
     names: list[tuple[str, int]] = []
     scores: list[float] = []
-    for batch in batches(output, some_of(files_of(output)), ["score"]):
+    for batch in batches(output, some_of(files_of(output)), ["score", "reason"]):
         values = batch.rows["score"].to_numpy()
-        looked_at = np.flatnonzero(np.isfinite(values))
+        killed = pc.is_in(batch.rows["reason"], pa.array(LEFT_ALONE, pa.string())).to_numpy()
+        looked_at = np.flatnonzero(np.isfinite(values) & ~killed)
         step = max(len(looked_at) // MAX_LOOKED_AT, 1)
         names += [(batch.key, batch.first_row + int(k)) for k in looked_at[::step]]
         scores += values[looked_at[::step]].tolist()
@@ -82,7 +84,7 @@ def _samples(predictor: Predictor, rows: pa.Table) -> list[Sample]:
             "text": shortened(columns["text"][k]) if "text" in columns else None,
             "thumbnail": picture(features, k),
         }
-        for k, row in enumerate(rows.to_pylist())
+        for k, row in enumerate(rows.drop_columns(list({*map(predictor.column, columns)})).to_pylist())
     ]
 
 

@@ -5,16 +5,20 @@ Reads `OUTPUT/data/*.parquet`, finished or not -> gives batches, counts by the v
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmray.errors import TableError
 from mmray.score.commit import Output
+from mmray.table import cells
 
+MAX_GROUPS = 20  # of a column that are shown; the rows of rarer values are one more
+MAX_NAME = 64  # characters of a value
+OTHERS = "(other values)"
 MAX_VALUES = 10_000  # of a column whose values group rows: beyond, it names them
 SAMPLED_FILES = 64  # of which rows are looked at one by one: enough to see a distribution, few enough for any table
 
@@ -104,21 +108,24 @@ def grouped(output: str, column: str) -> list[Group]:
     return sorted(groups.values(), key=lambda group: (-group.rows, group.name))
 
 
+def group_name(cell: Any) -> str:
+    """Returns the name of the group that a cell's row belongs to."""
+    return "(null)" if cell is None else str(cell)[:MAX_NAME]
+
+
 def _counted(rows: pa.Table, column: str) -> Iterator[tuple[str, str, int, float | None, int]]:
+    cell = rows[column].combine_chunks()
     try:
-        names = pc.fill_null(pc.cast(rows[column], pa.string()), "(null)")
+        codes = cell if pa.types.is_dictionary(cell.type) else cell.dictionary_encode()
     except pa.ArrowException:
-        raise TableError(
-            f"the column {column!r} is of type {rows[column].type}, which makes no groups; take one of plain values"
-        ) from None
-    columns = {"name": names, "status": rows["status"], "score": rows["score"]}
-    found = (
-        pa.table(columns)
-        .group_by(["name", "status"])
-        .aggregate([([], "count_all"), ("score", "sum"), ("score", "count")])
-    )
-    values = (found[name].to_pylist() for name in ("name", "status", "count_all", "score_sum", "score_count"))
-    yield from zip(*values, strict=True)
+        raise TableError(f"the column {column!r} is of type {cell.type}, which makes no groups; take another") from None
+    names = [group_name(value) for value in cells(codes.dictionary)]
+    columns = {"code": codes.indices, "status": rows["status"], "score": rows["score"]}
+    counts = [([], "count_all"), ("score", "sum"), ("score", "count")]
+    found = pa.table(columns).group_by(["code", "status"]).aggregate(counts)
+    values = (found[name].to_pylist() for name in ("code", "status", "count_all", "score_sum", "score_count"))
+    for code, *rest in zip(*values, strict=True):
+        yield group_name(None) if code is None else names[code], *rest
 
 
 def image_weights(output: str) -> NDArray[np.float32]:

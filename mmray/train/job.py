@@ -47,7 +47,7 @@ from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
 from mmray.train.task import refuse_names_of_rows, with_task, with_two_labels
-from mmray.train.trainer import OnEpoch, Trainer, ctrl_c_is_an_interruption, has_dashboard, news
+from mmray.train.trainer import OnEpoch, Trainer, as_needed, ctrl_c_is_an_interruption, news
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 HOW_IT_RUNS = {"storage", "name", "num_workers", "shard", "accumulation", "max_failures", "checkpoint_minutes"}
@@ -170,8 +170,7 @@ def _fit(
             datasets=datasets,  # what is cached, every worker sees whole
         )
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(has_dashboard()))
-        with ctrl_c_is_an_interruption():
+        with as_needed(), ctrl_c_is_an_interruption():
             trainer.fit()
     return measured
 

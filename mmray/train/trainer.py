@@ -1,6 +1,8 @@
 """Ray Train as a step of ours runs it: what it says, how it is interrupted, and what it leaves out."""
 
 import json
+import logging
+import os
 import secrets
 import signal
 import threading
@@ -13,30 +15,30 @@ from typing import Any
 import ray.train.torch
 from ray.experimental import internal_kv
 
+from mmray.cluster import is_alone
+from mmray.machine import given_address
+
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with the history's entry of each epoch as it ends."""
-NAMESPACE = "mmray"
+NAMESPACE, WATCHER = "mmray", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 LISTEN_S = 0.25
+_log = logging.getLogger(__name__)
 
 
 class Trainer(ray.train.torch.TorchTrainer):
     """Ray's, without the actors that have nothing to do: each is a process that loads Ray Data.
 
     Where there is no dashboard, nobody cleans up after a controller that dies: who would asks the dashboard for news,
-    and where it gets none, is waited for in vain at the end for 12 seconds. Nor does anybody watch for nodes that are
-    about to go. Where there are no datasets nobody manages them.
+    and where it gets none, is waited for in vain at the end for 12 seconds. Where there are no datasets nobody manages
+    them.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]  # its first version has none
-        idle = {"PlacementGroupCleanerCallback": not has_dashboard(), "DatasetsCallback": not self.datasets}
+        # The address beside it, "dashboard", is there even of a dashboard that answers nobody.
+        has_dashboard = internal_kv._internal_kv_get("webui:url", namespace="dashboard")
+        idle = {"PlacementGroupCleanerCallback": not has_dashboard, "DatasetsCallback": not self.datasets}
         return [callback for callback in callbacks if not idle.get(type(callback).__name__)]
-
-
-def has_dashboard() -> bool:
-    """Whether the cluster has one, as those have that are more than this machine for a while."""
-    # The address beside it, "dashboard", is there even of a dashboard that answers nobody.
-    return bool(internal_kv._internal_kv_get("webui:url", namespace="dashboard"))
 
 
 @contextmanager
@@ -81,13 +83,28 @@ def news(on_epoch: OnEpoch) -> Iterator[News]:
         ended = False
         while not ended:
             ended = stop.wait(LISTEN_S)  # and once more after that
-            for entry in told.heard():
-                on_epoch(entry)
+            try:
+                for entry in told.heard():
+                    on_epoch(entry)
+            except Exception as error:  # who has nobody to show it to trains on
+                _log.warning("an epoch could not be shown: %r", error)
 
     with ThreadPoolExecutor(1) as thread:
-        listening = thread.submit(listen)
+        thread.submit(listen)
         try:
             yield told
         finally:
             stop.set()
-    listening.result()
+
+
+@contextmanager
+def as_needed() -> Iterator[None]:
+    """Has Ray Train look out for nodes that are about to go only where there are others than this machine."""
+    given = os.environ.get(WATCHER)
+    if given is None and given_address() is None and is_alone():
+        os.environ[WATCHER] = "0"
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(WATCHER, None)
