@@ -61,7 +61,7 @@ class State:
 
 
 def duration(seconds: float) -> str:
-    """Returns some time for people, in its two largest units at most."""
+    """Returns some time for people."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -109,9 +109,7 @@ class RowProgress:
             state.statuses[status] = state.statuses.get(status, 0) + number
         for stage, seconds in (stages or {}).items():
             state.stages[stage] = state.stages.get(stage, 0.0) + seconds
-        if (
-            self._since is None
-        ):  # what the first ones took is the start of the processes, which says nothing of the rest
+        if self._since is None:  # until here processes started, which says nothing of the rest
             self._since = now
         else:
             self._counted += rows
