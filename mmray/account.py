@@ -143,7 +143,7 @@ def _groups(groups: Sequence[Group]) -> list[ScoredGroup]:
 def _speed(pace: Mapping[str, Any]) -> Speed:
     """Returns the rate over time, of rows that were done by some times, and what the time went to."""
     seconds, rows = (np.asarray(values, float) for values in zip(*([(0.0, 0.0), *pace["rows_over_time"]]), strict=True))
-    edges = np.linspace(0, seconds[-1], min(RATES, len(seconds) - 1) + 1)
+    edges = np.linspace(0, max(seconds[-1], 0.01), min(RATES, len(seconds) - 1) + 1)
     rates = np.diff(np.interp(edges, seconds, rows)) / np.diff(edges)
     total = sum(pace["stages"].values()) or 1.0
     return {

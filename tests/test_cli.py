@@ -14,6 +14,7 @@ from models import saved_bundle, score_in_process
 from mmray.bundle_info import read_info
 from mmray.cli import build_parser, main
 from mmray.options import ScoreConfig
+from mmray.preprocess.header import read_header
 from mmray.score.commit import Output
 
 COMMANDS = next(action for action in build_parser()._actions if isinstance(action.choices, dict)).choices
@@ -132,8 +133,11 @@ def test_a_row_is_explained_stage_by_stage(
     )
     (part,) = (tmp_path / "out" / "data").iterdir()
     explained = []
+    picture = tmp_path / "seen.jpg"
     for row in range(2):
-        assert main(["explain-row", str(tmp_path / "out"), f"data/{part.name}:{row}"]) == 0
+        assert not picture.exists(), "of the first there is none"
+        words = ["explain-row", str(tmp_path / "out"), f"data/{part.name}:{row}", "--picture", str(picture)]
+        assert main(words) == 0
         said = capsys.readouterr().out
         explained.append([(line[:12].strip(), line[13:]) for line in said.splitlines()])
     broken, whole = explained
@@ -142,6 +146,9 @@ def test_a_row_is_explained_stage_by_stage(
     assert ("model sees", r"the red [\x1b] [[] [2j] [zyzzyva]  (6 tokens, 4 unknown in brackets)") in broken
     assert dict(broken)["stored"] == dict(broken)["again"]
     assert ("model sees", "16 x 16 pixels") in whole
+    seen = read_header(picture.read_bytes())
+    assert seen is not None
+    assert (seen.format.lower(), seen.width, seen.height) == ("jpeg", 16, 16)
     assert dict(whole)["stored"] == dict(whole)["again"]
     assert dict(whole)["stored"].endswith("; ok")
     assert len({dict(whole)[name] for name in ("again", "image alone", "text alone")}) > 1

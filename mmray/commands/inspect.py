@@ -90,11 +90,12 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("output", metavar="OUTPUT")
     explain.add_argument("row", metavar="FILE:ROW", help="as `mmray errors` names it, or any other of OUTPUT/data")
     explain.add_argument("--bundle", metavar="BUNDLE", help="where the bundle is now (default: where the run had it)")
+    explain.add_argument("--picture", metavar="FILE", help="write the image as the model sees it, as a JPEG")
     explain.set_defaults(run=_explain)
 
 
 def _explain(args: argparse.Namespace) -> None:
     from mmray.score.explain import explain_row
 
-    for stage, text in explain_row(args.output, args.row, args.bundle):
+    for stage, text in explain_row(args.output, args.row, args.bundle, args.picture):
         print(f"{stage:<12} {text}")

@@ -4,15 +4,16 @@ Reads an output and the name of a row, as `mmray errors` prints it -> gives line
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.errors import TableError
+from mmray.errors import EnvironmentFaultError, TableError
 from mmray.predictor import Predictor
 from mmray.preprocess.header import read_header
-from mmray.preprocess.image import decode_image
+from mmray.preprocess.image import decode_image, thumbnail
 from mmray.preprocess.text import tokenize
 from mmray.score.commit import Output
 from mmray.score.rescore import LEFT_ALONE, rescorer
@@ -23,15 +24,17 @@ SHOWN = 200  # characters of a cell
 Line = tuple[str, str]
 
 
-def explain_row(output: str, name: str, bundle: str | None = None) -> Iterator[Line]:
+def explain_row(output: str, name: str, bundle: str | None = None, picture: str | None = None) -> Iterator[Line]:
     """Yields what each stage makes of a row.
 
     Args:
         output: scored folder, finished or not.
         name: FILE:ROW, the file of the output and the row's place in it.
         bundle: where the bundle is now; by default where the run had it.
+        picture: file for the image as the model sees it, as a JPEG.
 
     Raises:
+        EnvironmentFaultError: the picture cannot be written.
         TableError: there is no such output or row.
         BundleError: the bundle is damaged or of another model.
     """
@@ -47,7 +50,7 @@ def explain_row(output: str, name: str, bundle: str | None = None) -> Iterator[L
     predictor = rescorer(bundle or owner["bundle"], owner)
     columns = {modality: cells(row[predictor.column(modality)]) for modality in predictor.modalities}
     if "image" in columns:
-        yield from _image(columns["image"][0], predictor)
+        yield from _image(columns["image"][0], predictor, picture)
     if "text" in columns:
         yield from _text(columns["text"][0], predictor)
     yield "again", _result(_predicted(predictor, columns))
@@ -69,7 +72,7 @@ def _row(output: str, name: str) -> pa.Table:
     return table.slice(int(number), 1)
 
 
-def _image(cell: Any, predictor: Predictor) -> Iterator[Line]:
+def _image(cell: Any, predictor: Predictor, picture: str | None) -> Iterator[Line]:
     config, cell = predictor.bundle.config.image, bytes_or_path(cell)
     yield "image cell", f"{len(cell):,} bytes" if isinstance(cell, bytes) else _short(cell)
     data = ImageSource(predictor.options.image_roots, config.max_bytes).read(cell)
@@ -82,6 +85,12 @@ def _image(cell: Any, predictor: Predictor) -> Iterator[Line]:
     pixels = decode_image(data, config)
     sees = _why(pixels) if isinstance(pixels, Fault) else f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
     yield "model sees", sees
+    if picture is not None and not isinstance(pixels, Fault):
+        try:
+            Path(picture).write_bytes(thumbnail(pixels, len(pixels)))
+        except OSError as error:
+            raise EnvironmentFaultError(f"cannot write {picture}: {error.strerror}; name another file") from error
+        yield "picture", picture
 
 
 def _text(text: str | None, predictor: Predictor) -> Iterator[Line]:
