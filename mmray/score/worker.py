@@ -69,7 +69,7 @@ class SliceScorer:
         bundle = load_bundle(bundle_uri)
         source = ImageSource(image_roots, bundle.config.image.max_bytes, options.on_unavailable)
         feed = feed_of(bundle) if feed_of else None
-        self._on_stage_too, self._stages = on_stage, _Stages()
+        self._on_stage_too, self._stages = on_stage, Stages()
         self._predictor = Predictor.on_this_worker(bundle, source, options, feed=feed, on_stage=self._on_stage)
         self._output, self._plan_hash = Output(output_uri), plan_hash
         self._attempts = Attempts(self._output.store)
@@ -160,7 +160,7 @@ class WatchedScorer(SliceScorer):
         self._watchdog.progress()
 
 
-class _Stages:
+class Stages:
     """Seconds that a process spent in each stage, until somebody takes them along."""
 
     def __init__(self) -> None:

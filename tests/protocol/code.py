@@ -25,7 +25,7 @@ from mmray.score import attempts, commit, job
 from mmray.score.attempts import Attempts
 from mmray.score.commit import Output, Receipt, receipt_from_row, receipts_to_arrow
 from mmray.score.plan import Plan
-from mmray.score.worker import SliceScorer
+from mmray.score.worker import SliceScorer, Stages
 from mmray.slices import Slice
 
 BUCKET, TABLE, OUTPUT = "s3://bucket", "table/rows.parquet", "out"
@@ -220,7 +220,7 @@ class Scorer(SliceScorer):
         self._predictor = SimpleNamespace(bundle=bundle, precision="fp32")  # type: ignore[assignment]
         self._output, self._plan_hash, self._noise = Output(output), plan_hash, noise
         self._attempts = Attempts(self._output.store)
-        self._on_stage = lambda stage, seconds: None
+        self._on_stage, self._stages = lambda stage, seconds: None, Stages()  # type: ignore[method-assign]
 
     def _score_here(self, piece: Slice, rows: pa.Table) -> tuple[pa.Table, int]:
         count = rows.num_rows
