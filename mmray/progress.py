@@ -4,6 +4,7 @@ Reads what each slice did -> shows rows done, their rate, the time left, what is
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -147,8 +148,11 @@ def row_progress(*, quiet: bool = False, events: bool = False) -> Iterator[RowPr
 
 
 def event(name: str, **fields: Any) -> None:
-    """Writes a JSON line to stdout."""
-    print(json.dumps({"event": name, **fields}), flush=True)
+    """Writes a JSON line to stdout, as long as somebody reads it: the step goes on without."""
+    try:
+        print(json.dumps({"event": name, **fields}), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _display(quiet: bool, events: bool) -> Display:

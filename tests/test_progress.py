@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
+import sys
 
 import pytest
 from rich.console import Console
 
 from mmray import progress as shown
-from mmray.progress import RowProgress, State, row_progress
+from mmray.progress import RowProgress, State, event, row_progress
 
 
 class Clock:
@@ -73,6 +75,16 @@ def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.Captu
         "stages": {"prepare": 20.0, "forward": 59.5, "commit": 0.5},
         "slices_at_work": 4,
     }
+
+
+def test_a_step_goes_on_when_nobody_reads_its_events_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for _ in range(3):
+            event("progress", rows=1)
+        monkeypatch.undo()
 
 
 def test_who_wants_quiet_gets_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
