@@ -36,10 +36,17 @@ def local_cpus() -> int:
         return bound
 
 
+def process_start(pid: int) -> int | None:
+    """Returns when a process started, in ticks since the machine did (field 22 of proc_pid_stat(5)); None of none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+
+
 def process_age() -> float:
-    """Returns the seconds since this process started (field 22 of proc_pid_stat(5), in ticks since the machine did)."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    """Returns the seconds since this process started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process_start(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
 
 
 def available_memory() -> int:

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from mmray.score.pace import shares
+from mmray.score.pace import add_up, shares
 
 if TYPE_CHECKING:
     from mmray.score.commit import Receipt
@@ -106,10 +106,8 @@ class RowProgress:
         """Counts rows that are done, by status, and the seconds that went into each stage."""
         state, now = self._state, monotonic()
         state.done += rows
-        for status, number in (statuses or {}).items():
-            state.statuses[status] = state.statuses.get(status, 0) + number
-        for stage, seconds in (stages or {}).items():
-            state.stages[stage] = state.stages.get(stage, 0.0) + seconds
+        add_up(state.statuses, statuses or {})
+        add_up(state.stages, stages or {})
         if self._since is None:  # until here processes started, which says nothing of the rest
             self._since = now
         else:

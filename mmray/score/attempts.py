@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from mmray.errors import EnvironmentFaultError
+from mmray.machine import process_start
 from mmray.slices import Slice
 from mmray.store import Store
 
@@ -102,17 +103,9 @@ def _machine() -> str:
 
 
 def _process() -> str:
-    return f"{_machine()} {os.getpid()} {_started(os.getpid())}"
+    return f"{_machine()} {os.getpid()} {process_start(os.getpid())}"
 
 
 def _is_alive(attempt: str) -> bool:
     boot, space, pid, started, _ = attempt.split()
-    return f"{boot} {space}" == _machine() and _started(int(pid)) == started
-
-
-def _started(pid: int) -> str | None:
-    """Returns when a process was started, in ticks since the machine was (field 22 of proc(5) stat)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
+    return f"{boot} {space}" == _machine() and str(process_start(int(pid))) == started

@@ -7,17 +7,23 @@ and no part of what is scored: where they are lost nothing else is.
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from mmray.score.commit import Receipt
 
+N = TypeVar("N", int, float)
 MAX_POINTS = 200  # of a run, however many slices it has
-
-
 LEAST_SHARE = 0.005  # that is worth a word
 STAGES = {"read": "reading", "prepare": "preparing", "forward": "model", "commit": "writing", "isolated": "apart"}
 """Stage of a slice -> its name for people."""
+
+
+def add_up(total: dict[str, N], more: Mapping[str, N]) -> None:
+    """Adds values to those of the same name."""
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value
 
 
 def shares(stages: Mapping[str, float]) -> str:
@@ -56,8 +62,7 @@ class Clock:
         """Counts a slice that has just been scored."""
         self._times.append(time.perf_counter() - self._started)
         self._rows.append(receipt.ledger.rows)
-        for stage, seconds in receipt.seconds.items():
-            self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+        add_up(self._stages, receipt.seconds)
 
     def read(self) -> Pace:
         """Returns the pace until now."""

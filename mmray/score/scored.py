@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mmray.errors import TableError
 from mmray.score.commit import Output
-from mmray.table import cells
+from mmray.table import cells, require_columns
 
 MAX_GROUPS = 20  # of a column that are shown; the rows of rarer values are one more
 MAX_NAME = 64  # characters of a value
@@ -81,9 +81,7 @@ def batches(output: str, keys: Sequence[str], columns: Sequence[str]) -> Iterato
     store = Output(output).store
     for key in keys:
         with store.open(key) as source, pq.ParquetFile(source) as file:
-            missing = [column for column in columns if column not in file.schema_arrow.names]
-            if missing:
-                raise TableError(f"{output} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            require_columns(file.schema_arrow, columns, output)
             start = 0
             for batch in file.iter_batches(columns=list(dict.fromkeys(columns)), use_threads=False):
                 yield Batch(key, start, pa.Table.from_batches([batch]))
