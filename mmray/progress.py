@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 AtWork = Callable[[], int | None]
 """Asks the store how many slices are being worked at."""
 LOOK_EVERY_S = 5.0
+HEARD_S = 300.0  # a process that sends nothing for so long is none, or has not begun
 LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives, seldom enough for a log
 EVENT_EVERY_S = 1.0
 
@@ -44,6 +45,8 @@ class State:
     stages: dict[str, float] = field(default_factory=dict)
     """Stage -> seconds, over all processes."""
     slices_at_work: int | None = None
+    processes: int | None = None
+    """From which slices came within `HEARD_S`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it in JSON's own types."""
@@ -57,8 +60,14 @@ class State:
             yield ", ".join(f"{rows:,} {status}" for status, rows in bad.items())
         if self.stages:
             yield shares(self.stages)
-        if self.slices_at_work is not None:
-            yield f"{self.slices_at_work:,} slices at work"
+        who = _counted(self.processes, "process", "processes")
+        what = _counted(self.slices_at_work, "slice", "slices")
+        if who or what:
+            yield " at ".join(filter(None, (who, what))) if who else f"{what} at work"
+
+
+def _counted(number: int | None, one: str, many: str) -> str:
+    return "" if number is None else f"{number:,} {one if number == 1 else many}"
 
 
 def duration(seconds: float) -> str:
@@ -86,6 +95,7 @@ class RowProgress:
         self._at_work: AtWork | None = None
         self._since: float | None = None
         self._counted, self._looked = 0, float("-inf")
+        self._heard = dict[str, float]()
 
     def start(self, what: str, rows: int, done: int = 0, at_work: AtWork | None = None) -> None:
         """Begins with a number of rows, some of which may be done.
@@ -101,9 +111,13 @@ class RowProgress:
         self._display.show(self._state)
 
     def advance(
-        self, rows: int, statuses: Mapping[str, int] | None = None, stages: Mapping[str, float] | None = None
+        self,
+        rows: int,
+        statuses: Mapping[str, int] | None = None,
+        stages: Mapping[str, float] | None = None,
+        process: str | None = None,
     ) -> None:
-        """Counts rows that are done, by status, and the seconds that went into each stage."""
+        """Counts rows that are done, by status, the seconds that went into each stage, and who did it."""
         state, now = self._state, monotonic()
         state.done += rows
         add_up(state.statuses, statuses or {})
@@ -114,6 +128,9 @@ class RowProgress:
             self._counted += rows
             state.rows_per_s = self._counted / max(now - self._since, 1e-9)
             state.seconds_left = round((state.rows - state.done) / state.rows_per_s, 1)
+        if process is not None:
+            self._heard = {who: at for who, at in self._heard.items() if now - at < HEARD_S} | {process: now}
+            state.processes = len(self._heard)
         if self._at_work is not None and now - self._looked >= LOOK_EVERY_S:
             self._looked, state.slices_at_work = now, self._at_work()
         self._display.show(state)
@@ -125,7 +142,7 @@ class RowProgress:
             self.start("scoring", plan.num_rows, done, at_work)
 
         def advance(receipt: "Receipt") -> None:
-            self.advance(receipt.ledger.rows, receipt.ledger.statuses, receipt.seconds)
+            self.advance(receipt.ledger.rows, receipt.ledger.statuses, receipt.seconds, receipt.process)
 
         return {"on_start": start, "on_slice": advance}
 
@@ -160,6 +177,39 @@ def _display(quiet: bool, events: bool) -> Display:
         return _Events()
     console = Console(file=sys.stderr, highlight=False)
     return _Bar(console) if console.is_terminal else _Lines(console)
+
+
+class EpochProgress:
+    """Says on stderr how each epoch of a training was, and how long the others will take."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet, self._epochs, self._timed = quiet, 0, 0
+        self._since: float | None = None
+
+    def start(self, epochs: int, done: int) -> None:
+        """Begins with a number of epochs, some of which may be done."""
+        self._epochs = epochs
+        self._say(f"training: {done} of {epochs} epochs are done" if done else f"training: {epochs} epochs")
+
+    def advance(self, entry: Mapping[str, Any]) -> None:
+        """Shows the history's entry of an epoch that has ended."""
+        now, left, line = monotonic(), self._epochs - entry["epoch"], epoch_line(entry)
+        if self._since is None:  # until here processes started, which says nothing of the rest
+            self._since = now
+        else:
+            self._timed += 1
+            line += f"; {duration(left * (now - self._since) / self._timed)} left"
+        self._say(line)
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def epoch_line(entry: Mapping[str, Any]) -> str:
+    """Returns one line on an epoch of training."""
+    values = (f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch" and value is not None)
+    return f"epoch {entry['epoch']:>3}: " + ", ".join(values)
 
 
 class _Nothing:

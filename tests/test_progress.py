@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mmray import progress as shown
-from mmray.progress import RowProgress, State, event, row_progress
+from mmray.progress import EpochProgress, RowProgress, State, event, row_progress
 
 
 class Clock:
@@ -29,9 +29,10 @@ def half_done(progress: RowProgress, clock: Clock) -> None:
     """Shows a run of 1,000 rows, 500 of which are done at 10 rows a second, the first after a minute."""
     progress.start("scoring", 1000, 100, at_work=lambda: 4)
     clock.now = 60
-    progress.advance(200, {"ok": 199, "failed": 1}, {"prepare": 10.0, "forward": 29.5, "commit": 0.5})
+    stages = {"prepare": 10.0, "forward": 29.5, "commit": 0.5}
+    progress.advance(200, {"ok": 199, "failed": 1}, stages, "a 1")
     clock.now = 80
-    progress.advance(200, {"ok": 188, "degraded": 12}, {"prepare": 10.0, "forward": 30.0})
+    progress.advance(200, {"ok": 188, "degraded": 12}, {"prepare": 10.0, "forward": 30.0}, "b 1")
 
 
 def test_a_log_gets_lines_with_the_rate_what_is_left_what_is_not_ok_and_where_time_goes(
@@ -41,7 +42,7 @@ def test_a_log_gets_lines_with_the_rate_what_is_left_what_is_not_ok_and_where_ti
         half_done(progress, clock)
     assert capsys.readouterr().err.splitlines() == [
         "scoring: 500 of 1,000 rows, 10 rows/s, 50 s left; 1 failed, 12 degraded; "
-        "preparing 25%, model 74%, writing 1%; 4 slices at work"
+        "preparing 25%, model 74%, writing 1%; 2 processes at 4 slices"
     ]
 
 
@@ -54,7 +55,7 @@ def test_a_terminal_gets_a_bar_with_all_that_beneath(clock: Clock) -> None:
     text = screen.getvalue()
     assert "500/1000" in text
     assert "10 rows/s, 50 s left" in text
-    assert "1 failed, 12 degraded; preparing 25%, model 74%, writing 1%; 4 slices at work" in text
+    assert "1 failed, 12 degraded; preparing 25%, model 74%, writing 1%; 2 processes at 4 slices" in text
 
 
 def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +75,7 @@ def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.Captu
         "statuses": {"ok": 387, "failed": 1, "degraded": 12},
         "stages": {"prepare": 20.0, "forward": 59.5, "commit": 0.5},
         "slices_at_work": 4,
+        "processes": 2,
     }
 
 
@@ -87,12 +89,43 @@ def test_a_step_goes_on_when_nobody_reads_its_events_any_more(monkeypatch: pytes
         monkeypatch.undo()
 
 
+def test_a_process_that_sends_nothing_any_more_is_not_counted(clock: Clock) -> None:
+    progress = RowProgress(shown._Nothing())
+    progress.start("scoring", 1000)
+    seen = []
+    for at_s, process in ((0, "a 1"), (10, "a 2"), (20, None), (shown.HEARD_S + 5, "a 2")):
+        clock.now = at_s
+        progress.advance(10, process=process)
+        seen.append(progress._state.processes)
+    assert seen == [1, 2, 2, 1]
+
+
 def test_who_wants_quiet_gets_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with row_progress(quiet=True, events=True) as progress:
         half_done(progress, clock)
     assert capsys.readouterr() == ("", "")
 
 
+def test_epochs_say_how_they_were_and_how_long_the_others_take(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quiet in (False, True):
+        clock.now = 0
+        progress = EpochProgress(quiet=quiet)
+        progress.start(12, 4)
+        for epoch, at_s in ((5, 30), (6, 40), (7, 52)):
+            clock.now = at_s
+            progress.advance({"epoch": epoch, "train_loss": 0.5, "auroc": None})
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 4 of 12 epochs are done",
+        "epoch   5: train_loss 0.5000",
+        "epoch   6: train_loss 0.5000; 60 s left",
+        "epoch   7: train_loss 0.5000; 55 s left",
+    ]
+
+
 def test_nothing_is_said_of_what_there_is_none_of() -> None:
     assert list(State("verifying", 10, 5).notes()) == []
     assert list(State("scoring", 10, 5, slices_at_work=0).notes()) == ["0 slices at work"]
+    assert list(State("scoring", 10, 5, processes=1).notes()) == ["1 process"]
+    assert list(State("scoring", 10, 5, processes=3, slices_at_work=1).notes()) == ["3 processes at 1 slice"]

@@ -119,15 +119,19 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     run = tmp_path / "b" / "run"
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     often = {**BINARY, "train": {**BINARY["train"], "checkpoint_minutes": 0}}
+    starts: list[tuple[int, int]] = []
     # As if the driver had been killed after the third epoch, and then in the middle of the fourth.
     for last in ("epoch-000003.safetensors", "epoch-000003.step-000000020.safetensors"):
         for lost in [*(run / "bundle").iterdir(), run / "checkpoints" / "epoch-000004.safetensors"]:
             lost.unlink()
         assert max(path.name for path in (run / "checkpoints").iterdir()) == last
-        resumed = train_model(run_config(rows, tmp_path / "b", "run", **often))
+        resumed = train_model(
+            run_config(rows, tmp_path / "b", "run", **often), on_start=lambda *epochs: starts.append(epochs)
+        )
         assert resumed.trained_epochs == 1
         assert resumed.history == whole.history
         assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
+    assert starts == [(4, 3), (4, 3)], "epochs, and how many of them are done"
 
 
 def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weights(

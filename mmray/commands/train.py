@@ -59,22 +59,15 @@ def _add_set(parser: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from mmray.progress import EpochProgress, epoch_line
     from mmray.train.job import train_model
 
-    config = load_config(args.config, args.set)
-    result = train_model(
-        config, on_epoch=lambda entry: None if args.quiet else print(epoch_line(entry), file=sys.stderr)
-    )
+    progress = EpochProgress(quiet=args.quiet)
+    result = train_model(load_config(args.config, args.set), on_start=progress.start, on_epoch=progress.advance)
     if not result.trained_epochs:
         print("this run is finished already; another train.name or configuration starts a new one", file=sys.stderr)
     print(f"best epoch: {epoch_line(result.best)}", file=sys.stderr)
     print(result.bundle)
-
-
-def epoch_line(entry: dict[str, Any]) -> str:
-    """Returns one line on an epoch of training."""
-    values = (f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch" and value is not None)
-    return f"epoch {entry['epoch']:>3}: " + ", ".join(values)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -186,6 +179,7 @@ def _add_tune(commands: Any) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    from mmray.progress import epoch_line
     from mmray.tune import trial_line, tune, tuning_text
 
     found = tune(

@@ -44,6 +44,7 @@ RECEIPT = pa.schema(
         "deaths": pa.int64(),
         "ledger": pa.string(),
         "seconds": pa.string(),
+        "process": pa.string(),
     }
 )
 READS = 32  # footers at a time: a store takes its time for each
@@ -65,6 +66,8 @@ class Receipt:
     """Processes that had died at it."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage -> seconds that its process spent there since the receipt before."""
+    process: str | None = None
+    """Who scored it, if this call: a host and a process id there."""
 
 
 def _packed(ledger: Ledger) -> str:
@@ -298,6 +301,6 @@ def receipts_to_arrow(receipts: Iterable[Receipt]) -> pa.Table:
 
 def receipt_from_row(row: dict[str, Any]) -> Receipt:
     """Reads what `receipts_to_arrow` wrote."""
-    ledger = Ledger.from_dict(json.loads(row["ledger"]))
-    seconds = json.loads(row["seconds"])
-    return Receipt(row["slice"], row["key"], row["size"], ledger, deaths=row["deaths"], seconds=seconds)
+    read = {name: json.loads(row[name]) for name in ("ledger", "seconds")}
+    known = {name: row[name] for name in RECEIPT.names if name not in read}
+    return Receipt(**known, ledger=Ledger.from_dict(read["ledger"]), seconds=read["seconds"])

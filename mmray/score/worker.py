@@ -5,6 +5,7 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 
 import logging
 import os
+import socket
 import threading
 import traceback
 from collections.abc import Callable
@@ -105,7 +106,8 @@ class SliceScorer:
             }
             commit = partial(self._output.commit, self._plan_hash, piece)
             receipt = timed(self._on_stage, "commit", commit, scored, ledger, provenance)
-            return replace(receipt, deaths=deaths, seconds=self._stages.take())
+            who = f"{socket.gethostname()} {os.getpid()}"
+            return replace(receipt, deaths=deaths, seconds=self._stages.take(), process=who)
 
     def _on_stage(self, stage: str, seconds: float) -> None:
         self._on_stage_too(stage, seconds)

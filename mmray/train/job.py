@@ -47,7 +47,7 @@ from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
 from mmray.train.loop import Settings, best_epoch, train_worker
 from mmray.train.task import refuse_names_of_rows, with_task, with_two_labels
-from mmray.train.trainer import OnEpoch, Trainer, as_needed, ctrl_c_is_an_interruption, news
+from mmray.train.trainer import OnEpoch, OnStart, Trainer, as_needed, ctrl_c_is_an_interruption, news
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 HOW_IT_RUNS = {"storage", "name", "num_workers", "shard", "accumulation", "max_failures", "checkpoint_minutes"}
@@ -68,12 +68,17 @@ class TrainResult:
 
 
 def train_model(
-    config: Config, *, on_epoch: OnEpoch = lambda entry: None, cutoffs: Mapping[int, float] | None = None
+    config: Config,
+    *,
+    on_start: OnStart = lambda epochs, done: None,
+    on_epoch: OnEpoch = lambda entry: None,
+    cutoffs: Mapping[int, float] | None = None,
 ) -> TrainResult:
     """Trains a model and writes its bundle.
 
     Args:
         config: its settings.
+        on_start: see `OnStart`.
         on_epoch: called with the history's entry of each epoch as it ends.
         cutoffs: by epoch, the validation loss above which training ends with that epoch; see `mmray.tune`.
 
@@ -90,7 +95,8 @@ def train_model(
         history = read_info(bundle_uri).metrics["history"]
         return TrainResult(bundle_uri, history, history[best_epoch(history)], 0)
     _check_image_encoder(config)
-    finished = latest_checkpoint(folder)
+    earlier = latest_checkpoint(folder)
+    before = len(earlier.history) if earlier else 0
     with cluster(max(config.train.max_workers, local_cpus())):
         try:
             counts = survey(tables, config)
@@ -99,13 +105,13 @@ def train_model(
             labels = labels_of(config, counts.labels)
             words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
             _check_words(config, words)
+            on_start(config.train.epochs, before)
             measured = _fit(config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
         except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
             raise unwrap(error, "training") from error
     state = latest_checkpoint(folder)
     assert state is not None, "a fitted run has a checkpoint"
     save_bundle(_make_bundle(config, tables, counts, labels, words, state, measured), bundle_uri)
-    before = len(finished.history) if finished else 0
     return TrainResult(bundle_uri, state.history, state.history[best_epoch(state.history)], len(state.history) - before)
 
 

@@ -18,6 +18,8 @@ from ray.experimental import internal_kv
 from mmray.cluster import is_alone
 from mmray.machine import given_address
 
+OnStart = Callable[[int, int], None]
+"""Called with the number of epochs, of which fewer may be trained where it stops early, and how many are done."""
 OnEpoch = Callable[[dict[str, Any]], None]
 """Called with the history's entry of each epoch as it ends."""
 NAMESPACE, WATCHER = "mmray", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
