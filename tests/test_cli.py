@@ -109,6 +109,9 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     other = saved_bundle(tmp_path / "other", rows, seed=1)
     capsys.readouterr()
     assert "is not the one that scored this" in fails(capsys, ["report", str(output), "--bundle", other])
+    same = ["score", bundle, str(tmp_path / "rows.parquet"), str(output), "--image-root", str(rows)]
+    assert main([*same, "--report", str(tmp_path / "at once")]) == 0
+    assert json.loads((tmp_path / "at once" / "report.json").read_text())["scoring"]["speed"] == scoring["speed"]
     shutil.copytree(output, tmp_path / "broken")
     (part,) = (tmp_path / "broken" / "data").iterdir()
     part.write_bytes(part.read_bytes()[:-1])
@@ -118,6 +121,7 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     assert main(["verify", str(output), "--level", "2"]) == 0, "the page is no part of the run"
     capsys.readouterr()
     assert "name one with --to" in fails(capsys, ["report", "s3://bucket/out"])
+    assert "name one with --report" in fails(capsys, ["score", "b", "t", "o", "--report", "s3://bucket/out"])
 
 
 def test_a_row_is_explained_stage_by_stage(
