@@ -93,7 +93,7 @@ def test_rows_that_crash_hang_or_devour_memory_are_named_and_the_others_get_thei
     score_in_process(bundle, str(without), str(tmp_path / "alone"), ScoreConfig(slice_rows=SLICE_ROWS))
     alone = pyarrow.dataset.dataset(str(tmp_path / "alone" / "data")).to_table().sort_by("id").to_pylist()
     assert [row["score"] for row in scored] == [row["score"] for row in alone]
-    assert not list((tmp_path / "out" / "_mmray" / "attempts").iterdir())
+    assert Attempts(open_store(str(tmp_path / "out"))).left() == 0
 
 
 @pytest.mark.slow

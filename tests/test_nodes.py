@@ -33,6 +33,7 @@ from mmray.store import open_store
 
 pytestmark = pytest.mark.ray
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+NODE |= {"include_log_monitor": False, "no_monitor": True}  # nobody listens, nothing grows
 ROWS = 240
 
 
