@@ -80,6 +80,10 @@ class ScoreConfig(Section):
         return self.model_dump(include={"image_column", "text_column", "image_roots", "probabilities", "precision"})
 
 
+COLUMNS = "name the right one with --image-column or --text-column"
+"""What to do about a column of a modality that a table lacks."""
+
+
 def column_of(modality: str, options: ScoreConfig, trained: Any) -> str:
     """Returns the name of a modality's column: the run's own, or the one trained on."""
     return str(getattr(options, f"{modality}_column") or getattr(trained, f"{modality}_column"))

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from mmray.score.pace import add_up, shares
+from mmray.score.pace import Rate, add_up, shares
 
 if TYPE_CHECKING:
     from mmray.score.commit import Receipt
@@ -52,6 +52,11 @@ class State:
         """Returns it in JSON's own types."""
         stages = {stage: round(seconds, 3) for stage, seconds in self.stages.items()}
         return {**asdict(self), "rows_per_s": round(self.rows_per_s, 1), "stages": stages}
+
+    def rate(self) -> str:
+        """Returns how fast it is, and how long the rest will take; nothing while nobody knows."""
+        left = self.seconds_left
+        return "" if left is None else f"{self.rows_per_s:,.0f} rows/s, {duration(left)} left"
 
     def notes(self) -> Iterator[str]:
         """Yields what there is to say beside how many rows are done."""
@@ -93,8 +98,7 @@ class RowProgress:
     def __init__(self, display: Display) -> None:
         self._display, self._state = display, State("", 0, 0)
         self._at_work: AtWork | None = None
-        self._since: float | None = None
-        self._counted, self._looked = 0, float("-inf")
+        self._rate, self._looked = Rate(), float("-inf")
         self._heard = dict[str, float]()
 
     def start(self, what: str, rows: int, done: int = 0, at_work: AtWork | None = None) -> None:
@@ -106,8 +110,7 @@ class RowProgress:
             done: how many of them are.
             at_work: see `AtWork`; asked now and then.
         """
-        self._state, self._at_work = State(what, rows, done), at_work
-        self._since, self._counted = None, 0
+        self._state, self._at_work, self._rate = State(what, rows, done), at_work, Rate()
         self._display.show(self._state)
 
     def advance(
@@ -122,12 +125,9 @@ class RowProgress:
         state.done += rows
         add_up(state.statuses, statuses or {})
         add_up(state.stages, stages or {})
-        if self._since is None:  # until here processes started, which says nothing of the rest
-            self._since = now
-        else:
-            self._counted += rows
-            state.rows_per_s = self._counted / max(now - self._since, 1e-9)
-            state.seconds_left = round((state.rows - state.done) / state.rows_per_s, 1)
+        self._rate.add(rows, now, process)
+        if rate := self._rate.per_s():
+            state.rows_per_s, state.seconds_left = rate, round((state.rows - state.done) / rate, 1)
         if process is not None:
             self._heard = {who: at for who, at in self._heard.items() if now - at < HEARD_S} | {process: now}
             state.processes = len(self._heard)
@@ -198,7 +198,7 @@ class EpochProgress:
             self._since = now
         else:
             self._timed += 1
-            line += f"; {duration(left * (now - self._since) / self._timed)} left"
+            line += f"; {duration(left * (now - self._since) / self._timed)} left" if left else ""
         self._say(line)
 
     def _say(self, line: str) -> None:
@@ -240,11 +240,10 @@ class _Lines:
 
     def show(self, state: State) -> None:
         now = monotonic()
-        if now - self._last < LINE_EVERY_S or state.seconds_left is None:
+        if now - self._last < LINE_EVERY_S:
             return
         self._last = now
-        rate = f"{state.rows_per_s:,.0f} rows/s, {duration(state.seconds_left)} left"
-        line = f"{state.what}: {state.done:,} of {state.rows:,} rows, {rate}"
+        line = ", ".join(filter(None, (f"{state.what}: {state.done:,} of {state.rows:,} rows", state.rate())))
         self._console.print("; ".join([line, *state.notes()]), soft_wrap=True)
 
     def stop(self) -> None:
@@ -273,7 +272,5 @@ class _Bar(Progress):
             self.add_task(state.what, total=state.rows, completed=state.done, rate="starting")
             self.start()
             return
-        left = state.seconds_left
-        rate = "" if left is None else f"{state.rows_per_s:,.0f} rows/s, {duration(left)} left"
         self._notes = "; ".join(state.notes())
-        self.update(self.tasks[0].id, completed=state.done, rate=rate)
+        self.update(self.tasks[0].id, completed=state.done, rate=state.rate())

@@ -5,6 +5,7 @@ function of the files' footers, so the same table is always cut in the same plac
 """
 
 import fnmatch
+import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -84,6 +85,7 @@ def open_table(
     columns: Sequence[str] = (),
     check: Callable[[pa.Schema, str], None] = lambda schema, where: None,
     only: Collection[str] | None = None,
+    remedy: str = "",
 ) -> Table:
     """Lists a table's files and reads every footer.
 
@@ -92,6 +94,7 @@ def open_table(
         columns: columns that every file must have.
         check: called with each file's schema and name, to raise where it will not do.
         only: URIs of the files that count, as `list_files` gives them; all by default.
+        remedy: how to name other columns, for people.
 
     Raises:
         TableError: no such table, no rows, unreadable files (all are named), a missing column or one that is there
@@ -111,7 +114,7 @@ def open_table(
         )
     good = [footer for footer in footers if not isinstance(footer, str)]
     for file, schema in good:
-        require_columns(schema, columns, file.uri)
+        require_columns(schema, columns, file.uri, remedy)
         check(schema, file.uri)
     if only is None and not sum(file.num_rows for file, _ in good):
         raise TableError(f"the table {uri!r} has no rows; give one with at least one")
@@ -224,8 +227,8 @@ def _as_parquet(uris: Iterable[str]) -> str:
     name = next((uri for uri in uris if uri.lower().endswith((".csv", ".tsv")) and "://" not in uri), None)
     if name is None:
         return ""
-    how = ", sep='\\t'" if name.lower().endswith("tsv") else ""
-    code = f"import pandas; pandas.read_csv({name!r}{how}).to_parquet({name[:-4] + '.parquet'!r})"
+    how = ', sep="\\t"' if name.lower().endswith("tsv") else ""
+    code = f"import pandas; pandas.read_csv({json.dumps(name)}{how}).to_parquet({json.dumps(name[:-4] + '.parquet')})"
     return f"\nmake it parquet: python -c {shlex.quote(code)}"
 
 

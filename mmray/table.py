@@ -147,8 +147,14 @@ def append_columns(table: pa.Table, more: pa.Table) -> pa.Table:
     return table
 
 
-def require_columns(schema: pa.Schema, names: Sequence[str], where: str) -> None:
+def require_columns(schema: pa.Schema, names: Sequence[str], where: str, remedy: str = "") -> None:
     """Refuses a table without the named columns, naming the nearest it has.
+
+    Args:
+        schema: of the table.
+        names: columns that it must have.
+        where: the table, for people.
+        remedy: how to name other columns, for people.
 
     Raises:
         TableError: a column is missing.
@@ -156,7 +162,10 @@ def require_columns(schema: pa.Schema, names: Sequence[str], where: str) -> None
     for name in names:
         if name not in schema.names:
             hint = nearest(name, schema.names)
-            raise TableError(f"{where} has no column {name!r}{hint or '.'} It has: {', '.join(schema.names) or 'none'}")
+            there = ", ".join(schema.names) or "none"
+            raise TableError(
+                f"{where} has no column {name!r}{hint or '.'} It has: {there}" + (f"; {remedy}" if remedy else "")
+            )
 
 
 def cells(column: pa.ChunkedArray) -> list[Any]:

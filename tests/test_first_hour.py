@@ -35,7 +35,8 @@ def with_images(rows: Path, folder: Path, paths: list[object]) -> Path:
 def test_a_wrong_column(rows: Path, bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, 2, "plan", bundle, rows, "--image-column", "img_path") == (
         f"mmray: error: {rows}/part-0.parquet has no column 'img_path'; did you mean 'image_path'? "
-        "It has: id, image_path, text, label, value, both, is_red"
+        "It has: id, image_path, text, label, value, both, is_red; "
+        "name the right one with --image-column or --text-column"
     )
 
 

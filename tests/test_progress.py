@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mmray import progress as shown
 from mmray.progress import EpochProgress, RowProgress, State, event, row_progress
+from mmray.score.pace import Rate
 
 
 class Clock:
@@ -26,13 +27,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def half_done(progress: RowProgress, clock: Clock) -> None:
-    """Shows a run of 1,000 rows, 500 of which are done at 10 rows a second, the first after a minute."""
+    """Shows a run of 1,000 rows, 500 of which are done at 10 rows a second, those begun with after a minute."""
     progress.start("scoring", 1000, 100, at_work=lambda: 4)
-    clock.now = 60
-    stages = {"prepare": 10.0, "forward": 29.5, "commit": 0.5}
-    progress.advance(200, {"ok": 199, "failed": 1}, stages, "a 1")
-    clock.now = 80
-    progress.advance(200, {"ok": 188, "degraded": 12}, {"prepare": 10.0, "forward": 30.0}, "b 1")
+    for at_s, process, failed in ((60, "a 1", 1), (60, "b 1", 0), (60, "a 1", 0), (60, "b 1", 0)):
+        clock.now = at_s
+        stages = {"prepare": 2.5, "forward": 7.375, "commit": 0.125}
+        progress.advance(50, {"ok": 50 - failed, "failed": failed}, stages, process)
+    for at_s, process in ((65, "a 1"), (70, "b 1"), (75, "a 1"), (80, "b 1")):
+        clock.now = at_s
+        progress.advance(50, {"ok": 47, "degraded": 3}, {"prepare": 2.5, "forward": 7.5}, process)
 
 
 def test_a_log_gets_lines_with_the_rate_what_is_left_what_is_not_ok_and_where_time_goes(
@@ -40,10 +43,14 @@ def test_a_log_gets_lines_with_the_rate_what_is_left_what_is_not_ok_and_where_ti
 ) -> None:
     with row_progress() as progress:
         half_done(progress, clock)
-    assert capsys.readouterr().err.splitlines() == [
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == (
+        "scoring: 150 of 1,000 rows; 1 failed; preparing 25%, model 74%, writing 1%; 1 process at 4 slices"
+    )
+    assert last == (
         "scoring: 500 of 1,000 rows, 10 rows/s, 50 s left; 1 failed, 12 degraded; "
         "preparing 25%, model 74%, writing 1%; 2 processes at 4 slices"
-    ]
+    )
 
 
 def test_a_terminal_gets_a_bar_with_all_that_beneath(clock: Clock) -> None:
@@ -64,7 +71,7 @@ def test_machines_get_events_and_nothing_else(clock: Clock, capsys: pytest.Captu
     written = capsys.readouterr()
     events = [json.loads(line) for line in written.out.splitlines()]
     assert written.err == ""
-    assert [event["done"] for event in events] == [100, 300, 500]
+    assert [event["done"] for event in events] == [100, 150, 350, 400, 450, 500]
     assert events[-1] == {
         "event": "progress",
         "what": "scoring",
@@ -87,6 +94,17 @@ def test_a_step_goes_on_when_nobody_reads_its_events_any_more(monkeypatch: pytes
         for _ in range(3):
             event("progress", rows=1)
         monkeypatch.undo()
+
+
+def test_what_processes_begin_with_comes_together_and_says_nothing_of_their_rate() -> None:
+    rate = Rate()
+    seen = []
+    for at_s in (10, 12, 14, 16):  # two processes, two slices of 100 rows each at a time
+        for process in ("a 1", "b 1", "a 1", "b 1"):
+            rate.add(100, at_s, process)
+            seen.append(rate.per_s())
+    assert seen[:4] == [None] * 4
+    assert seen[-1] == 200, "as long as they are at it, whatever came when they began"
 
 
 def test_a_process_that_sends_nothing_any_more_is_not_counted(clock: Clock) -> None:
@@ -113,7 +131,7 @@ def test_epochs_say_how_they_were_and_how_long_the_others_take(
         clock.now = 0
         progress = EpochProgress(quiet=quiet)
         progress.start(12, 4)
-        for epoch, at_s in ((5, 30), (6, 40), (7, 52)):
+        for epoch, at_s in ((5, 30), (6, 40), (7, 52), (12, 90)):
             clock.now = at_s
             progress.advance({"epoch": epoch, "train_loss": 0.5, "auroc": None})
     assert capsys.readouterr().err.splitlines() == [
@@ -121,6 +139,7 @@ def test_epochs_say_how_they_were_and_how_long_the_others_take(
         "epoch   5: train_loss 0.5000",
         "epoch   6: train_loss 0.5000; 60 s left",
         "epoch   7: train_loss 0.5000; 55 s left",
+        "epoch  12: train_loss 0.5000",
     ]
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mmray.options import CALLS_PER_PROCESS
 from mmray.score.commit import Receipt
 
 N = TypeVar("N", int, float)
@@ -33,6 +34,37 @@ def shares(stages: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in found.items() if share >= LEAST_SHARE)
 
 
+class Rate:
+    """Rows per second, start-up aside.
+
+    Processes begin at about the same time, and so what they begin with comes at about the same time too: all of that is
+    their start, and the rate is that of what comes after. From the first slice on, it would be too high.
+    """
+
+    def __init__(self) -> None:
+        self.times = list[float]()
+        """When each slice came, in seconds."""
+        self.rows = list[int]()
+        """How many rows there were by then."""
+        self.processes = set[str]()
+        """Of whom slices came."""
+
+    def add(self, rows: int, at_s: float, process: str | None) -> None:
+        """Counts the rows of a slice."""
+        self.times.append(at_s)
+        self.rows.append(rows + (self.rows[-1] if self.rows else 0))
+        if process is not None:
+            self.processes.add(process)
+
+    def per_s(self) -> float | None:
+        """Returns it; None until more has come than the processes began with."""
+        first = max(CALLS_PER_PROCESS * len(self.processes), 1)
+        if len(self.rows) <= first:
+            return None
+        seconds = self.times[-1] - self.times[first - 1]
+        return (self.rows[-1] - self.rows[first - 1]) / seconds if seconds > 0 else None
+
+
 @dataclass(frozen=True)
 class Pace:
     """What one call of a command did, in how long."""
@@ -40,7 +72,7 @@ class Pace:
     seconds: float
     """Of the call, start-up included."""
     steady_rows_per_s: float | None
-    """Rate between the first and the last slice."""
+    """See `Rate`."""
     stages: Mapping[str, float]
     """Stage -> seconds, over all processes."""
     rows_over_time: list[tuple[float, int]]
@@ -55,23 +87,20 @@ class Clock:
     """Measures a `Pace`."""
 
     def __init__(self) -> None:
-        self._started, self._stages = time.perf_counter(), dict[str, float]()
-        self._times, self._rows = list[float](), list[int]()
+        self._started, self._stages, self._rate = time.perf_counter(), dict[str, float](), Rate()
 
     def add(self, receipt: Receipt) -> None:
         """Counts a slice that has just been scored."""
-        self._times.append(time.perf_counter() - self._started)
-        self._rows.append(receipt.ledger.rows)
+        self._rate.add(receipt.ledger.rows, time.perf_counter() - self._started, receipt.process)
         add_up(self._stages, receipt.seconds)
 
     def read(self) -> Pace:
         """Returns the pace until now."""
-        seconds = self._times[-1] - self._times[0] if self._times else 0.0
-        rows = np.cumsum(self._rows, dtype=np.int64)
-        some = np.unique(np.linspace(0, len(rows) - 1, MAX_POINTS).astype(int)) if len(rows) else rows
+        times, rows = self._rate.times, self._rate.rows
+        some = np.unique(np.linspace(0, len(rows) - 1, MAX_POINTS).astype(int)) if rows else ()
         return Pace(
             seconds=time.perf_counter() - self._started,
-            steady_rows_per_s=sum(self._rows[1:]) / seconds if seconds > 0 else None,
+            steady_rows_per_s=self._rate.per_s(),
             stages={stage: round(seconds, 2) for stage, seconds in self._stages.items()},
-            rows_over_time=[(round(self._times[k], 2), int(rows[k])) for k in some],
+            rows_over_time=[(round(times[k], 2), rows[k]) for k in some],
         )

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mmray import __version__
 from mmray.bundle_info import BundleInfo, read_info
-from mmray.options import ScoreConfig, column_of
+from mmray.options import COLUMNS, ScoreConfig, column_of
 from mmray.slices import Slice, cut, open_table, slices_to_arrow
 from mmray.store import open_store
 from mmray.table import SCHEMA_VERSION, output_fields, refuse_collisions, require_types
@@ -68,7 +68,7 @@ def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig, only: Colle
         require_types(schema, columns, where)
         refuse_collisions(schema, fields, where)
 
-    table = open_table(table_uri, list(columns.values()), check, only)
+    table = open_table(table_uri, list(columns.values()), check, only, COLUMNS)
     slices = tuple(cut(table, options.slice_rows))
     identity = {
         "fingerprint": info.fingerprint,

@@ -79,8 +79,9 @@ def open_tables(config: Config) -> Tables:
     def check(schema: pa.Schema, where: str) -> None:
         require_types(schema, modal, where)
 
-    train = open_table(settings.train, [*columns, *split], check)
-    validation = open_table(settings.validation, columns, check) if settings.validation else None
+    remedy = "name the right one as table.image_column, text_column, label_column or split_column"
+    train = open_table(settings.train, [*columns, *split], check, remedy=remedy)
+    validation = open_table(settings.validation, columns, check, remedy=remedy) if settings.validation else None
     return Tables(train, validation, settings)
 
 
