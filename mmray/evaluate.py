@@ -25,7 +25,7 @@ from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label
 from mmray.metrics import measure
 from mmray.mistakes import Mistake, worst_of, worst_rows
-from mmray.options import ScoreConfig, column_of
+from mmray.options import COLUMNS, ScoreConfig, column_of
 from mmray.predictor import Predictor
 from mmray.score.scored import MAX_GROUPS, OTHERS, group_name
 from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow, slices_to_arrow
@@ -244,7 +244,8 @@ def plan_slices(
         raise ConfigError("--split needs a bundle trained with table.split_column; leave it out to measure every row")
     more = [trained.label_column, by, trained.split_column if split is not None else None]
     needed = [*columns.values(), *(name for name in more if name is not None)]
-    opened = open_table(table, needed, lambda schema, where: require_types(schema, columns, where))
+    remedy = f"{COLUMNS}; labels stand in the column trained on"
+    opened = open_table(table, needed, lambda schema, where: require_types(schema, columns, where), remedy=remedy)
     return cut(opened, options.slice_rows), opened.image_roots(options.image_roots)
 
 

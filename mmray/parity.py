@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mmray.bundle import load_bundle
 from mmray.bundle_info import BundleInfo, read_info
 from mmray.cluster import cluster
-from mmray.options import ScoreConfig, column_of
+from mmray.options import COLUMNS, ScoreConfig, column_of
 from mmray.predictor import TOLERANCE, Predictor
 from mmray.score.job import score_table
 from mmray.score.rescore import SAME, distance
@@ -59,7 +59,7 @@ def compare_paths(bundle: str, table_uri: str, options: ScoreConfig, max_rows: i
     """
     info = read_info(bundle)
     columns = {name: column_of(name, options, info.config.table) for name in info.config.table.modalities}
-    table = open_table(table_uri, list(columns.values()))
+    table = open_table(table_uri, list(columns.values()), remedy=COLUMNS)
     roots = table.image_roots(options.image_roots)
     settings = options.model_copy(update={"image_roots": roots, "precision": "fp32"})
     rows = _first_rows(table, max_rows)

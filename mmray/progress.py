@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 AtWork = Callable[[], int | None]
 """Asks the store how many slices are being worked at."""
 LOOK_EVERY_S = 5.0
-HEARD_S = 300.0  # a process that sends nothing for so long is none, or has not begun
+HEARD_S, HEARD = 300.0, 3  # who has sent nothing for so long, or for so many times as long as a slice takes, is gone
 LINE_EVERY_S = 10.0  # without a terminal: often enough to see that it lives, seldom enough for a log
 EVENT_EVERY_S = 1.0
 
@@ -46,7 +46,7 @@ class State:
     """Stage -> seconds, over all processes."""
     slices_at_work: int | None = None
     processes: int | None = None
-    """From which slices came within `HEARD_S`."""
+    """From which slices came lately."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it in JSON's own types."""
@@ -65,14 +65,15 @@ class State:
             yield ", ".join(f"{rows:,} {status}" for status, rows in bad.items())
         if self.stages:
             yield shares(self.stages)
-        who = _counted(self.processes, "process", "processes")
-        what = _counted(self.slices_at_work, "slice", "slices")
+        who = "" if self.processes is None else _counted(self.processes, "process")
+        what = "" if self.slices_at_work is None else f"{_counted(self.slices_at_work, 'slice')} at work"
         if who or what:
-            yield " at ".join(filter(None, (who, what))) if who else f"{what} at work"
+            yield ", ".join(filter(None, (who, what)))
 
 
-def _counted(number: int | None, one: str, many: str) -> str:
-    return "" if number is None else f"{number:,} {one if number == 1 else many}"
+def _counted(number: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:
@@ -110,7 +111,8 @@ class RowProgress:
             done: how many of them are.
             at_work: see `AtWork`; asked now and then.
         """
-        self._state, self._at_work, self._rate = State(what, rows, done), at_work, Rate()
+        self._state, self._at_work = State(what, rows, done), at_work
+        self._rate, self._heard = Rate(), {}
         self._display.show(self._state)
 
     def advance(
@@ -118,18 +120,20 @@ class RowProgress:
         rows: int,
         statuses: Mapping[str, int] | None = None,
         stages: Mapping[str, float] | None = None,
+        took_s: float | None = None,
         process: str | None = None,
     ) -> None:
-        """Counts rows that are done, by status, the seconds that went into each stage, and who did it."""
+        """Counts rows that are done, by status, the seconds of each stage, how long all took, and who did it."""
         state, now = self._state, monotonic()
         state.done += rows
         add_up(state.statuses, statuses or {})
         add_up(state.stages, stages or {})
-        self._rate.add(rows, now, process)
-        if rate := self._rate.per_s():
+        self._rate.add(rows, now, took_s, process)
+        if (rate := self._rate.per_s()) and self._rate.is_settled():
             state.rows_per_s, state.seconds_left = rate, round((state.rows - state.done) / rate, 1)
         if process is not None:
-            self._heard = {who: at for who, at in self._heard.items() if now - at < HEARD_S} | {process: now}
+            limit_s = max(HEARD_S, HEARD * (took_s or 0))
+            self._heard = {who: at for who, at in self._heard.items() if now - at < limit_s} | {process: now}
             state.processes = len(self._heard)
         if self._at_work is not None and now - self._looked >= LOOK_EVERY_S:
             self._looked, state.slices_at_work = now, self._at_work()
@@ -142,7 +146,8 @@ class RowProgress:
             self.start("scoring", plan.num_rows, done, at_work)
 
         def advance(receipt: "Receipt") -> None:
-            self.advance(receipt.ledger.rows, receipt.ledger.statuses, receipt.seconds, receipt.process)
+            ledger, who = receipt.ledger, (receipt.took_s, receipt.process)
+            self.advance(ledger.rows, ledger.statuses, receipt.seconds, *who)
 
         return {"on_start": start, "on_slice": advance}
 
@@ -180,7 +185,7 @@ def _display(quiet: bool, events: bool) -> Display:
 
 
 class EpochProgress:
-    """Says on stderr how each epoch of a training was, and how long the others will take."""
+    """Says on stderr how each epoch of a training was, and how long the others will take; it may stop before."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet, self._epochs, self._timed = quiet, 0, 0
@@ -198,7 +203,7 @@ class EpochProgress:
             self._since = now
         else:
             self._timed += 1
-            line += f"; {duration(left * (now - self._since) / self._timed)} left" if left else ""
+            line += f"; {duration(left * (now - self._since) / self._timed)} left at most" if left else ""
         self._say(line)
 
     def _say(self, line: str) -> None:

@@ -228,7 +228,8 @@ def _as_parquet(uris: Iterable[str]) -> str:
     if name is None:
         return ""
     how = ', sep="\\t"' if name.lower().endswith("tsv") else ""
-    code = f"import pandas; pandas.read_csv({json.dumps(name)}{how}).to_parquet({json.dumps(name[:-4] + '.parquet')})"
+    csv, parquet = (json.dumps(path, ensure_ascii=False) for path in (name, f"{name[:-4]}.parquet"))
+    code = f"import pandas; pandas.read_csv({csv}{how}).to_parquet({parquet})"
     return f"\nmake it parquet: python -c {shlex.quote(code)}"
 
 

@@ -51,7 +51,7 @@ KINDS = {
 }
 """What is killed, and how often beside the others."""
 KINDS_WITHOUT_RAY = {"actor": 5, "driver": 3, "twin": 1}
-SLICE_ROWS = 200
+SLICE_ROWS, BATCH_ROWS = 200, 100
 STUCK_AFTER_S = 5
 LIMIT_S = 600  # for a run; one that takes longer does not end
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
@@ -170,7 +170,7 @@ class Work:
         """Takes a folder of its own."""
         self.rows, self.table = rows, write_table(folder / "rows", rows)
         self.bundle = Path(saved_bundle(folder / "bundle", colour_table(folder / "clean", rows=12)))
-        options, output = ScoreConfig(slice_rows=SLICE_ROWS, batch_size=SLICE_ROWS), str(folder / "undisturbed")
+        options, output = ScoreConfig(slice_rows=SLICE_ROWS, batch_size=BATCH_ROWS), str(folder / "undisturbed")
         score_in_process(str(self.bundle), str(self.table), output, options)
         self.expected = dict(scored_rows(output))
         assert len(self.expected) == rows
@@ -187,7 +187,7 @@ class Loop:
         if "://" in root:
             bundle, table = upload(work.bundle, root, "bundle"), upload(work.table, root, "rows")
         self._command = ["score", bundle, table, "--slice-rows", str(SLICE_ROWS), "--actors", "2"]
-        self._command += ["--batch-size", str(SLICE_ROWS), "--stuck-after", str(STUCK_AFTER_S), nodes.flag]
+        self._command += ["--batch-size", str(BATCH_ROWS), "--stuck-after", str(STUCK_AFTER_S), nodes.flag]
         self.nodes = nodes
 
     def run(self, seed: int, num_kills: int) -> Run:

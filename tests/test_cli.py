@@ -110,8 +110,14 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     capsys.readouterr()
     assert "is not the one that scored this" in fails(capsys, ["report", str(output), "--bundle", other])
     same = ["score", bundle, str(tmp_path / "rows.parquet"), str(output), "--image-root", str(rows)]
+    capsys.readouterr()
     assert main([*same, "--report", str(tmp_path / "at once")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"{output}/data", f"{tmp_path}/at once/report.html"]
     assert json.loads((tmp_path / "at once" / "report.json").read_text())["scoring"]["speed"] == scoring["speed"]
+    assert (tmp_path / "at once" / "report.html").exists()
+    assert main([*same, "--report", str(tmp_path / "at once"), "--json"]) == 0
+    events = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
+    assert events[-2:] == ["done", "report"], "what was scored is said before anything else can go wrong"
     shutil.copytree(output, tmp_path / "broken")
     (part,) = (tmp_path / "broken" / "data").iterdir()
     part.write_bytes(part.read_bytes()[:-1])
@@ -121,7 +127,8 @@ def test_a_finished_run_becomes_a_page_that_names_its_rows_and_shows_no_cell(
     assert main(["verify", str(output), "--level", "2"]) == 0, "the page is no part of the run"
     capsys.readouterr()
     assert "name one with --to" in fails(capsys, ["report", "s3://bucket/out"])
-    assert "name one with --report" in fails(capsys, ["score", "b", "t", "o", "--report", "s3://bucket/out"])
+    for folder, told in (("s3://bucket/out", "name one with --report"), ("", "name one"), ("/proc/x", "cannot make")):
+        assert told in fails(capsys, ["score", "b", "t", "o", "--report", folder])
 
 
 def test_a_row_is_explained_stage_by_stage(

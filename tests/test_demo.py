@@ -1,4 +1,4 @@
-"""The quick start, as it is typed, but for a smaller model of smaller images, and fewer epochs."""
+"""The quick start, as it is typed, but for a smaller model of smaller images, one worker and fewer epochs."""
 
 import json
 from pathlib import Path

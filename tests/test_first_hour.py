@@ -40,15 +40,24 @@ def test_a_wrong_column(rows: Path, bundle: str, capsys: pytest.CaptureFixture[s
     )
 
 
+def test_a_wrong_column_to_train_on(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text(f'[table]\ntrain = "{rows}"\nimage_column = "photo"\n')
+    assert told(capsys, 2, "train", tmp_path / "run.toml") == (
+        f"mmray: error: {rows}/part-0.parquet has no column 'photo'. "
+        "It has: id, image_path, text, label, value, both, is_red; "
+        "name the right one as table.image_column, text_column, label_column or split_column"
+    )
+
+
 def test_a_csv_becomes_a_table_by_the_command_that_its_refusal_names(
     rows: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pq.read_table(rows / "part-0.parquet").drop_columns("both").to_pandas().to_csv(tmp_path / "my rows.csv")
-    command = told(capsys, 2, "score", bundle, tmp_path / "my rows.csv", tmp_path / "out")
+    pq.read_table(rows / "part-0.parquet").drop_columns("both").to_pandas().to_csv(tmp_path / "mü rows 😀.csv")
+    command = told(capsys, 2, "score", bundle, tmp_path / "mü rows 😀.csv", tmp_path / "out")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(command.removeprefix("make it parquet: "), shell=True, check=True, env={"PATH": path})
     ledger = score_in_process(
-        bundle, str(tmp_path / "my rows.parquet"), str(tmp_path / "out"), ScoreConfig(image_roots=(str(rows),))
+        bundle, str(tmp_path / "mü rows 😀.parquet"), str(tmp_path / "out"), ScoreConfig(image_roots=(str(rows),))
     )
     assert ledger.statuses == {"ok": 20}
 

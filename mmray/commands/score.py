@@ -30,7 +30,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument("table", metavar="INPUT", help="parquet file, folder or glob")
     score.add_argument("output", metavar="OUTPUT", help="folder that is new or of the same run")
     add_score_options(score)
-    score.add_argument("--report", metavar="DIR", help="write `mmray report` of it there at the end")
+    score.add_argument("--report", metavar="DIR", help="write `mmray report` there when every row is there")
     add_events(score)
     score.set_defaults(run=_score)
 
@@ -39,8 +39,8 @@ def _score(args: argparse.Namespace) -> None:
     from mmray.progress import event, row_progress
     from mmray.score.job import score_table
 
-    if args.report:
-        _check_folder(args.report, "name one with --report")
+    if args.report is not None:
+        _make_folder(args.report)
     with row_progress(quiet=args.quiet, events=args.json) as progress:
         result = score_table(
             args.bundle,
@@ -49,15 +49,13 @@ def _score(args: argparse.Namespace) -> None:
             score_config(args),
             **progress.of_scoring(),
         )
-    if args.report:
-        from mmray.account import scoring_report
-        from mmray.report import write_report
-
-        write_report(args.report, scoring_report(args.output, args.bundle))
     if args.json:
         event("done", **result.to_dict())
     else:
-        print("\n".join([*result.lines(), os.path.join(args.output, "data")]))
+        print("\n".join([*result.lines(), os.path.join(args.output, "data")]), flush=True)
+    if args.report is not None:
+        page = _write_report(args.report, args.output, args.bundle)
+        event("report", page=page) if args.json else print(page)
 
 
 def _add_verify(commands: Any) -> None:
@@ -152,23 +150,39 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from mmray.account import scoring_report
     from mmray.errors import ConfigError
-    from mmray.report import write_report
 
     folder = args.to or args.output
     _check_folder(folder, "name one with --to")
     if args.samples < 0:
         raise ConfigError(f"--samples: takes a number of rows, got {args.samples}")
-    found = scoring_report(args.output, args.bundle, args.before, by=args.by, samples=args.samples)
-    write_report(folder, found)
-    print(os.path.join(folder, "report.html"))
+    print(_write_report(folder, args.output, args.bundle, args.before, by=args.by, samples=args.samples))
+
+
+def _write_report(folder: str, *arguments: Any, **options: Any) -> str:
+    """Writes what `scoring_report` makes of these, and returns the page's path."""
+    from mmray.account import scoring_report
+    from mmray.report import write_report
+
+    write_report(folder, scoring_report(*arguments, **options))
+    return os.path.join(folder, "report.html")
+
+
+def _make_folder(folder: str) -> None:
+    """Makes the report's folder before the work of hours, not after it."""
+    from mmray.errors import ConfigError
+
+    _check_folder(folder, "name one with --report")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--report: cannot make {folder!r}: {error.strerror}; name another folder") from error
 
 
 def _check_folder(folder: str, remedy: str) -> None:
     from mmray.errors import ConfigError
 
-    if "://" in folder:
+    if not folder or "://" in folder:
         raise ConfigError(f"the report is written to a local folder, and {folder!r} is none; {remedy}")
 
 

@@ -68,7 +68,7 @@ class Attempts:
 
     def _next(self, piece: Slice, beside: int) -> tuple[str, int]:
         """Returns the name of a new attempt, and how many before it ended in death."""
-        me, dead, elsewhere = f"{_process()} {secrets.token_hex(8)}", list[str](), 0
+        me, dead, elsewhere = f"{this_process()} {secrets.token_hex(8)}", list[str](), 0
         for number in itertools.count(1):
             key = f"{FOLDER}/{piece.index:09d}-{number}"
             if self._store.create(key, me.encode()):
@@ -102,7 +102,8 @@ def _machine() -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
-def _process() -> str:
+def this_process() -> str:
+    """Names this process among those of all machines and times."""
     return f"{_machine()} {os.getpid()} {process_start(os.getpid())}"
 
 

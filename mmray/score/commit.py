@@ -44,6 +44,7 @@ RECEIPT = pa.schema(
         "deaths": pa.int64(),
         "ledger": pa.string(),
         "seconds": pa.string(),
+        "took_s": pa.float64(),
         "process": pa.string(),
     }
 )
@@ -66,8 +67,10 @@ class Receipt:
     """Processes that had died at it."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage -> seconds that its process spent there since the receipt before."""
+    took_s: float | None = None
+    """From its begin to its commit; None where it was there."""
     process: str | None = None
-    """Who scored it, if this call: a host and a process id there."""
+    """Who scored it; None where it was there."""
 
 
 def _packed(ledger: Ledger) -> str:

@@ -4,7 +4,9 @@ Reads receipts as they come -> gives figures for a terminal and for the run's re
 and no part of what is scored: where they are lost nothing else is.
 """
 
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -35,34 +37,35 @@ def shares(stages: Mapping[str, float]) -> str:
 
 
 class Rate:
-    """Rows per second, start-up aside.
-
-    Processes begin at about the same time, and so what they begin with comes at about the same time too: all of that is
-    their start, and the rate is that of what comes after. From the first slice on, it would be too high.
-    """
+    """Rows per second since the first slice was begun: processes start before that, which says nothing of the rest."""
 
     def __init__(self) -> None:
         self.times = list[float]()
         """When each slice came, in seconds."""
         self.rows = list[int]()
         """How many rows there were by then."""
-        self.processes = set[str]()
-        """Of whom slices came."""
+        self._begun, self._before = math.inf, 0
+        self._sent = Counter[str | None]()
 
-    def add(self, rows: int, at_s: float, process: str | None) -> None:
-        """Counts the rows of a slice."""
+    def add(self, rows: int, at_s: float, took_s: float | None = None, process: str | None = None) -> None:
+        """Counts the rows of a slice, how long it took, and who did it; one that was not timed may be the start."""
         self.times.append(at_s)
         self.rows.append(rows + (self.rows[-1] if self.rows else 0))
-        if process is not None:
-            self.processes.add(process)
+        self._sent[process] += 1
+        if took_s is not None:  # a slower process may have begun before that of which the first came
+            self._begun = min(self._begun, at_s - took_s)
+        elif self._begun == math.inf:
+            self._begun, self._before = at_s, rows
 
     def per_s(self) -> float | None:
-        """Returns it; None until more has come than the processes began with."""
-        first = max(CALLS_PER_PROCESS * len(self.processes), 1)
-        if len(self.rows) <= first:
+        """Returns it; None where nothing has been timed."""
+        if not self.times or self.times[-1] <= self._begun:
             return None
-        seconds = self.times[-1] - self.times[first - 1]
-        return (self.rows[-1] - self.rows[first - 1]) / seconds if seconds > 0 else None
+        return (self.rows[-1] - self._before) / (self.times[-1] - self._begun)
+
+    def is_settled(self) -> bool:
+        """Whether somebody has sent more than processes begin with: that comes at about the same time, late."""
+        return max(self._sent.values(), default=0) > CALLS_PER_PROCESS
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Clock:
 
     def add(self, receipt: Receipt) -> None:
         """Counts a slice that has just been scored."""
-        self._rate.add(receipt.ledger.rows, time.perf_counter() - self._started, receipt.process)
+        at_s = time.perf_counter() - self._started
+        self._rate.add(receipt.ledger.rows, at_s, receipt.took_s, receipt.process)
         add_up(self._stages, receipt.seconds)
 
     def read(self) -> Pace:

@@ -5,8 +5,8 @@ Reads a row per slice -> gives a row per receipt. Rows of the table itself never
 
 import logging
 import os
-import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from mmray.bundle import Bundle, load_bundle
 from mmray.errors import EnvironmentFaultError, MmrayError
 from mmray.options import ScoreConfig
 from mmray.predictor import Feed, OnStage, Predictor, timed
-from mmray.score.attempts import Attempts
+from mmray.score.attempts import Attempts, this_process
 from mmray.score.carry import Carry, Score
 from mmray.score.commit import Output, Receipt, receipts_to_arrow
 from mmray.score.isolate import Isolation
@@ -94,6 +94,7 @@ class SliceScorer:
         """
         if found := self._output.found(self._plan_hash, piece):
             return found
+        begun = time.perf_counter()
         with self._attempts.begin(piece, beside) as deaths:
             rows = timed(self._on_stage, "read", read_slice, piece)
             scored, carried = self._score_apart(piece, rows) if deaths else self._score_here(piece, rows)
@@ -106,8 +107,8 @@ class SliceScorer:
             }
             commit = partial(self._output.commit, self._plan_hash, piece)
             receipt = timed(self._on_stage, "commit", commit, scored, ledger, provenance)
-            who = f"{socket.gethostname()} {os.getpid()}"
-            return replace(receipt, deaths=deaths, seconds=self._stages.take(), process=who)
+            took_s = time.perf_counter() - begun
+            return replace(receipt, deaths=deaths, seconds=self._stages.take(), took_s=took_s, process=this_process())
 
     def _on_stage(self, stage: str, seconds: float) -> None:
         self._on_stage_too(stage, seconds)

@@ -131,7 +131,7 @@ class Code:
             return job.score_plan(plan, "bundle", f"{BUCKET}/{TABLE}", output, ScoreConfig()).ledger
         piece = plan.slices[program.slice]
         (row,) = receipts_to_arrow([Scorer(output, plan.hash, program.noise).score(piece)]).to_pylist()
-        return tuple(row.items())
+        return tuple({**row, "took_s": None}.items())  # time is no part of a state
 
     @contextmanager
     def _patched(self, ask: Callable[[Request], Any], program: Program) -> Iterator[None]:
@@ -151,7 +151,7 @@ class Code:
                 lambda: mock.patch.object(mmray.store, "CONFLICT_PAUSES_S", (0,)),
                 lambda: mock.patch.object(job, "_run", placed),
                 lambda: mock.patch.object(commit, "ThreadPoolExecutor", InTurn),
-                lambda: mock.patch.object(attempts, "_process", process),
+                lambda: mock.patch.object(attempts, "this_process", process),
                 lambda: mock.patch.object(attempts, "secrets", SimpleNamespace(token_hex=lambda size: "token")),
                 *self._patches,
             ):
