@@ -146,8 +146,8 @@ class RowProgress:
             self.start("scoring", plan.num_rows, done, at_work)
 
         def advance(receipt: "Receipt") -> None:
-            ledger, who = receipt.ledger, (receipt.took_s, receipt.process)
-            self.advance(ledger.rows, ledger.statuses, receipt.seconds, *who)
+            ledger = receipt.ledger
+            self.advance(ledger.rows, ledger.statuses, receipt.seconds, receipt.took_s, receipt.process)
 
         return {"on_start": start, "on_slice": advance}
 
@@ -188,8 +188,7 @@ class EpochProgress:
     """Says on stderr how each epoch of a training was, and how long the others will take; it may stop before."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet, self._epochs, self._timed = quiet, 0, 0
-        self._since: float | None = None
+        self._quiet, self._epochs, self._rate = quiet, 0, Rate()
 
     def start(self, epochs: int, done: int) -> None:
         """Begins with a number of epochs, some of which may be done."""
@@ -198,13 +197,9 @@ class EpochProgress:
 
     def advance(self, entry: Mapping[str, Any]) -> None:
         """Shows the history's entry of an epoch that has ended."""
-        now, left, line = monotonic(), self._epochs - entry["epoch"], epoch_line(entry)
-        if self._since is None:  # until here processes started, which says nothing of the rest
-            self._since = now
-        else:
-            self._timed += 1
-            line += f"; {duration(left * (now - self._since) / self._timed)} left at most" if left else ""
-        self._say(line)
+        self._rate.add(1, monotonic())
+        left, per_s = self._epochs - entry["epoch"], self._rate.per_s()
+        self._say(epoch_line(entry) + (f"; {duration(left / per_s)} left at most" if left and per_s else ""))
 
     def _say(self, line: str) -> None:
         if not self._quiet:

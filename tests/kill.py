@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from faults import faulty, upload
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, COMMAND, wait_for
+from processes import ALONE, COMMAND, NODE, wait_for
 
 from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
@@ -54,8 +54,6 @@ KINDS_WITHOUT_RAY = {"actor": 5, "driver": 3, "twin": 1}
 SLICE_ROWS, BATCH_ROWS = 200, 100
 STUCK_AFTER_S = 5
 LIMIT_S = 600  # for a run; one that takes longer does not end
-NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-NODE |= {"include_log_monitor": False, "no_monitor": True}  # nobody listens, nothing grows
 RESUMABLE = 5  # exit code of a command that another try completes
 LEFT_ALONE = 1  # with which Ray ends a process whose cluster has lost its head, without a word to anybody
 HEAD_LOST = "RAY_gcs_rpc_server_reconnect_timeout_s"

@@ -13,6 +13,9 @@ from pathlib import Path
 # A process of its own starts a cluster of its own: nothing of one in this process is handed down.
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 COMMAND = [sys.executable, "-m", "mmray.cli"]
+NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+NODE |= {"include_log_monitor": False, "no_monitor": True}
+"""Of a Ray cluster of several nodes on this machine, to whose logs nobody listens, and which does not grow."""
 
 
 def mmray(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import ray
 from models import score_in_process
-from processes import wait_for
+from processes import NODE, wait_for
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
@@ -32,8 +32,6 @@ from mmray.slices import Slice, slices_to_arrow
 from mmray.store import open_store
 
 pytestmark = pytest.mark.ray
-NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-NODE |= {"include_log_monitor": False, "no_monitor": True}  # nobody listens, nothing grows
 ROWS = 240
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from mmray.config import Section
 from mmray.errors import ConfigError
 from mmray.options import ScoreConfig
+from mmray.store import split_uri
 
 S = TypeVar("S", bound=Section)
 
@@ -97,3 +98,17 @@ def settings(kind: type[S], args: argparse.Namespace, fields: Mapping[str, str],
         name = str(item["loc"][0])
         flag = {field: flag for flag, field in fields.items()}.get(name, name).replace("_", "-")
         raise ConfigError(f"--{flag}: {item['msg']}, got {item['input']!r}") from None
+
+
+def local_folder(flag: str, uri: str) -> str:
+    """Returns the path of the folder that a flag names for a report.
+
+    Raises:
+        ConfigError: it is none of this machine.
+    """
+    scheme, path = split_uri(uri)
+    if scheme != "file" or not path:
+        raise ConfigError(
+            f"{uri!r} is no folder of this machine, and the report is written to one; name one with {flag}"
+        )
+    return path

@@ -6,7 +6,14 @@ import os
 from collections import Counter
 from typing import Any
 
-from mmray.commands.flags import add_columns, add_events, add_progress, add_score_options, score_config
+from mmray.commands.flags import (
+    add_columns,
+    add_events,
+    add_progress,
+    add_score_options,
+    local_folder,
+    score_config,
+)
 
 
 def register(commands: Any) -> None:
@@ -39,8 +46,7 @@ def _score(args: argparse.Namespace) -> None:
     from mmray.progress import event, row_progress
     from mmray.score.job import score_table
 
-    if args.report is not None:
-        _make_folder(args.report)
+    folder = None if args.report is None else _made_folder(args.report)
     with row_progress(quiet=args.quiet, events=args.json) as progress:
         result = score_table(
             args.bundle,
@@ -53,8 +59,8 @@ def _score(args: argparse.Namespace) -> None:
         event("done", **result.to_dict())
     else:
         print("\n".join([*result.lines(), os.path.join(args.output, "data")]), flush=True)
-    if args.report is not None:
-        page = _write_report(args.report, args.output, args.bundle)
+    if folder is not None:
+        page = _write_report(folder, args.output, args.bundle)
         event("report", page=page) if args.json else print(page)
 
 
@@ -152,8 +158,7 @@ def _add_report(commands: Any) -> None:
 def _report(args: argparse.Namespace) -> None:
     from mmray.errors import ConfigError
 
-    folder = args.to or args.output
-    _check_folder(folder, "name one with --to")
+    folder = local_folder("--to", args.to or args.output)
     if args.samples < 0:
         raise ConfigError(f"--samples: takes a number of rows, got {args.samples}")
     print(_write_report(folder, args.output, args.bundle, args.before, by=args.by, samples=args.samples))
@@ -168,22 +173,16 @@ def _write_report(folder: str, *arguments: Any, **options: Any) -> str:
     return os.path.join(folder, "report.html")
 
 
-def _make_folder(folder: str) -> None:
+def _made_folder(uri: str) -> str:
     """Makes the report's folder before the work of hours, not after it."""
     from mmray.errors import ConfigError
 
-    _check_folder(folder, "name one with --report")
+    folder = local_folder("--report", uri)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--report: cannot make {folder!r}: {error.strerror}; name another folder") from error
-
-
-def _check_folder(folder: str, remedy: str) -> None:
-    from mmray.errors import ConfigError
-
-    if not folder or "://" in folder:
-        raise ConfigError(f"the report is written to a local folder, and {folder!r} is none; {remedy}")
+    return folder
 
 
 def _add_parity(commands: Any) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from mmray.commands.flags import add_placement, add_progress, score_config
+from mmray.commands.flags import add_placement, add_progress, local_folder, score_config
 from mmray.config_file import load_config
 from mmray.errors import ConfigError
 
@@ -91,12 +91,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from mmray.evaluate import evaluate_bundle
     from mmray.progress import row_progress
     from mmray.report import write_report
-    from mmray.store import split_uri
     from mmray.summary import evaluation_json, evaluation_report, evaluation_text
 
-    scheme, folder = split_uri(args.output)
-    if scheme != "file":
-        raise ConfigError(f"--output {args.output} is no folder of this machine; give one, and copy it from there")
+    folder = local_folder("--output", args.output)
     with row_progress(quiet=args.quiet) as progress:
         evaluation = evaluate_bundle(
             args.bundle,
