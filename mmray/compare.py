@@ -14,7 +14,8 @@ from mmray.bundle_info import read_info
 from mmray.cluster import cluster
 from mmray.config import Config
 from mmray.errors import ConfigError
-from mmray.evaluate import FUSED, LATE, evaluate_bundle
+from mmray.evaluate import LATE, evaluate_bundle
+from mmray.labelled import FUSED
 from mmray.machine import local_cpus
 from mmray.metrics import PRIMARY
 from mmray.slices import open_table

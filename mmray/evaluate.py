@@ -1,46 +1,32 @@
 """Measures a bundle on a labelled table: the fused prediction beside each modality alone and the mean of these.
 
 Reads a bundle and a table -> gives metrics of several views of the same model, of groups of rows, and at other weights
-of the image, all from one pass. Slices are predicted by the actor pool that scoring uses, few rows by this process; it
-keeps outputs and targets (4 bytes for each label, view and weight), not rows.
+of the image, all from one pass (`labelled.py`). It keeps outputs and targets (4 bytes for each label, view and weight),
+not rows.
 """
 
-import io
 import json
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from mmray.bundle import load_bundle
 from mmray.bundle_info import BundleInfo, read_info
-from mmray.cluster import RAY_ERRORS, cluster, cpus_for, is_alone, map_slices, unwrap
 from mmray.errors import ConfigError, TableError
-from mmray.labels import encode_targets, is_label
+from mmray.labelled import FUSED, predicted, unpacked
 from mmray.metrics import measure
-from mmray.mistakes import Mistake, worst_of, worst_rows
+from mmray.mistakes import Mistake, worst_of
 from mmray.options import COLUMNS, ScoreConfig, column_of
-from mmray.predictor import Predictor
-from mmray.score.scored import MAX_GROUPS, OTHERS, group_name
-from mmray.slices import Slice, cut, open_table, read_slice, slices_from_arrow, slices_to_arrow
-from mmray.source import ImageSource
+from mmray.score.scored import MAX_GROUPS, OTHERS
+from mmray.slices import Slice, cut, open_table
 from mmray.store import open_store
-from mmray.table import cells, require_types
+from mmray.table import require_types
 
-FUSED, LATE = "all modalities", "late average"
-FEW_ROWS = 20_000  # of which the first slice shows whether all of them would take long
-PATIENCE_S = 15.0  # that a cluster and its processes take to start
-ALPHAS = tuple(k / 10 for k in range(11))
-USED = "modalities used"
+LATE = "late average"
 Metrics = Mapping[str, float | None]
-Arguments = tuple[str, tuple[str, ...], str | None, str | None]
-"""Of a `SlicePredictor`, before its options."""
 
 
 @dataclass(frozen=True)
@@ -115,119 +101,11 @@ def evaluate_bundle(
     options = options.model_copy(update={"placement": "local"})  # one pass over few rows
     found, rows = list[dict[str, Any]](), {piece.index: piece.num_rows for piece in slices}
     on_start(sum(rows.values()))
-    with closing(_predicted(slices, (open_store(bundle).uri, roots, split, by), options)) as parts:
+    with closing(predicted(slices, (open_store(bundle).uri, roots, split, by), options)) as parts:
         for part in parts:
             found.append(part)
             on_slice(rows[part["slice"]])
     return measure_slices(info, found, table, split)
-
-
-def _predicted(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
-    """Yields what `SlicePredictor` finds in slices: here, as long as that is sooner than others would begin."""
-    done = 0
-    if _begins_here(sum(piece.num_rows for piece in slices), options):
-        for part in _here(slices, arguments, options):
-            yield part
-            done += 1
-    if done < len(slices):
-        yield from _on_ray(slices[done:], arguments, options)
-
-
-def _begins_here(rows: int, options: ScoreConfig) -> bool:
-    if options.local is not None:
-        return options.local
-    many = options.needs_cluster or options.num_actors or options.gpus_per_actor
-    return not many and rows <= FEW_ROWS and is_alone()
-
-
-def _here(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Iterator[dict[str, Any]]:
-    """Yields what is found in the first slices, or in all of them; a row that kills ends this process."""
-    threads = torch.get_num_threads()
-    try:
-        predictor, started = SlicePredictor(*arguments, options), time.perf_counter()
-        for k, piece in enumerate(slices):
-            seconds_left = (time.perf_counter() - started) / max(k, 1) * (len(slices) - k)
-            if k and seconds_left > PATIENCE_S and not options.local:
-                return
-            yield predictor(slices_to_arrow([piece])).to_pylist()[0]
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _on_ray(slices: Sequence[Slice], arguments: Arguments, options: ScoreConfig) -> Generator[dict[str, Any]]:
-    with cluster(cpus_for(options)):
-        try:
-            yield from map_slices(slices, SlicePredictor, arguments, options, "mmray evaluate")
-        except RAY_ERRORS as error:
-            raise unwrap(error, "evaluation") from error
-
-
-class SlicePredictor:
-    """Predicts the labelled rows of slices; an actor of the pool."""
-
-    def __init__(
-        self, bundle: str, roots: Sequence[str], split: str | None, by: str | None, options: ScoreConfig
-    ) -> None:
-        loaded = load_bundle(bundle)
-        source = ImageSource(roots, loaded.config.image.max_bytes)
-        self._predictor = Predictor.on_this_worker(loaded, source, options)
-        self._split, self._by = split, by
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._predict(piece) for piece in slices_from_arrow(rows)])
-
-    def _predict(self, piece: Slice) -> dict[str, Any]:
-        bundle, predictor = self._predictor.bundle, self._predictor
-        task, trained = bundle.config.task.kind, bundle.config.table
-        table, places, skipped = self._labelled(piece)
-        columns = {name: cells(table[predictor.column(name)]) for name in predictor.modalities}
-        prediction = predictor.predict(columns, alone=len(columns) > 1, alphas=ALPHAS)
-        targets = encode_targets(table[trained.label_column].to_pylist(), task, bundle.labels, trained.label_column)
-        (used,) = prediction.columns(["modalities_used"], task, bundle.labels)
-        arrays = {
-            "targets": targets,
-            f"view/{FUSED}": prediction.outputs,
-            **{f"view/{name} only": view for name, view in prediction.alone.items()},
-            **{f"alpha/{alpha}": view for alpha, view in prediction.at_alpha.items()},
-            f"group/{USED}": np.asarray([name or "none" for name in used], np.str_),
-        }
-        if self._by is not None:
-            arrays[f"group/{self._by}"] = np.asarray([group_name(cell) for cell in cells(table[self._by])], np.str_)
-        if prediction.image_weight is not None:
-            arrays["image_weight"] = prediction.image_weight
-        names = [f"{piece.uri.rpartition('/')[2]}:{piece.first_row + place}" for place in places]
-        mistakes = worst_rows(predictor, names, columns, prediction.outputs, targets)
-        return {
-            "slice": piece.index,
-            "skipped": skipped,
-            "arrays": _packed(arrays),
-            "mistakes": json.dumps(mistakes),
-        }
-
-    def _labelled(self, piece: Slice) -> tuple[pa.Table, NDArray[np.int64], int]:
-        """Returns the rows of a slice to measure, where they lie in it, and how many have no label to measure by."""
-        bundle, trained = self._predictor.bundle, self._predictor.bundle.config.table
-        wanted = [self._predictor.column(name) for name in self._predictor.modalities]
-        more = [trained.label_column, self._by, trained.split_column if self._split is not None else None]
-        table = read_slice(piece, [*dict.fromkeys([*wanted, *(name for name in more if name is not None)])])
-        asked = np.ones(table.num_rows, bool)
-        if self._split is not None:
-            asked = np.asarray([value == self._split for value in table[trained.split_column].to_pylist()], bool)
-        values = table[trained.label_column].to_pylist()
-        known = np.asarray([is_label(value, bundle.config.task.kind, bundle.labels) for value in values], bool)
-        places = np.flatnonzero(asked & known)
-        return table.take(places), places, int((asked & ~known).sum())
-
-
-def _packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return buffer.getvalue()
-
-
-def _unpacked(data: bytes) -> dict[str, NDArray[Any]]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 def plan_slices(
@@ -250,13 +128,13 @@ def plan_slices(
 
 
 def measure_slices(info: BundleInfo, found: Sequence[Mapping[str, Any]], table: str, split: str | None) -> Evaluation:
-    """Measures what `SlicePredictor` found in all slices of a table, in any order.
+    """Measures what `predicted` gave of all slices of a table, in any order.
 
     Raises:
         TableError: there is nothing to measure.
     """
     found = sorted(found, key=lambda row: int(row["slice"]))
-    parts = [_unpacked(row["arrays"]) for row in found]
+    parts = [unpacked(row["arrays"]) for row in found]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     task, targets = info.config.task.kind, arrays["targets"]
     views = _named(arrays, "view/")

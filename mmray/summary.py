@@ -12,7 +12,8 @@ import numpy as np
 
 from mmray import __version__
 from mmray.curves import against_the_rest, precision_recall, reliability, roc, scatter
-from mmray.evaluate import FUSED, LATE, USED, Evaluation
+from mmray.evaluate import LATE, Evaluation
+from mmray.labelled import FUSED, USED
 from mmray.metrics import CALIBRATION_BINS, PRIMARY, confusion_matrix, per_label
 from mmray.report.render import metric_title
 from mmray.report.sections import Epoch, Headline, Provenance, Report, histogram

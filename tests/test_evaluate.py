@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process, small_bundle, small_config
 
-from mmray import evaluate
+from mmray import labelled
 from mmray.bundle import save_bundle
 from mmray.errors import ConfigError, TableError
-from mmray.evaluate import ALPHAS, FUSED, LATE, USED, evaluate_bundle
+from mmray.evaluate import LATE, evaluate_bundle
+from mmray.labelled import ALPHAS, FUSED, USED
 from mmray.mistakes import NUM_MISTAKES
 from mmray.options import ScoreConfig
 from mmray.report import write_report
@@ -184,10 +185,10 @@ def test_what_would_take_long_here_is_left_to_a_cluster(
 
     def on_ray(slices: Any, arguments: Any, options: ScoreConfig) -> Iterator[Any]:
         handed_over.extend(slices)
-        yield from evaluate._here(slices, arguments, options.model_copy(update={"local": True}))
+        yield from labelled._here(slices, arguments, options.model_copy(update={"local": True}))
 
-    monkeypatch.setattr(evaluate, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(evaluate, "_on_ray", on_ray)
+    monkeypatch.setattr(labelled, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(labelled, "_on_ray", on_ray)
     parted = evaluate_bundle(bundle, str(rows), ScoreConfig(slice_rows=10))
     assert [piece.index for piece in handed_over] == list(range(1, len(handed_over) + 1)), "all but the first"
     assert parted.metrics == whole.metrics
