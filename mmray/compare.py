@@ -8,6 +8,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from mmray.bundle_info import read_info
@@ -20,7 +21,9 @@ from mmray.machine import local_cpus
 from mmray.metrics import PRIMARY
 from mmray.slices import open_table
 from mmray.store import open_parent
+from mmray.train.data import open_tables
 from mmray.train.job import train_model
+from mmray.train.place import runs_here
 
 KINDS = ("weighted_sum", "concat", "conv", "attention", "bilinear")
 VIEWS = (FUSED, "image only", "text only", LATE)
@@ -62,7 +65,8 @@ def compare_fusions(
     table = table or config.table.train
     open_table(table, [config.table.label_column])  # what is wrong with it shows before hours of training
     runs = []
-    with cluster(max(config.train.max_workers, local_cpus())):
+    here = runs_here(config, open_tables(config))
+    with nullcontext() if here else cluster(max(config.train.max_workers, local_cpus())):
         for kind in kinds:
             for seed in range(seeds):
                 runs.append(_run(variant(config, kind, seed), kind, table, split))

@@ -1,4 +1,7 @@
-"""Training on a real Ray cluster: every task, what there is to learn, interruptions, labels that are none."""
+"""Training, here and on a real Ray cluster: every task, what there is to learn, interruptions, labels that are none.
+
+Tests without a cluster come first: where there is one, it is used.
+"""
 
 import shutil
 import signal
@@ -21,7 +24,7 @@ from mmray.evaluate import evaluate_bundle
 from mmray.options import ScoreConfig
 from mmray.score.verify import verify_output
 from mmray.train.checkpoint import latest_checkpoint
-from mmray.train.job import train_model
+from mmray.train.job import TrainResult, train_model
 from mmray.train.trainer import Trainer
 
 pytestmark = pytest.mark.ray
@@ -56,6 +59,8 @@ BINARY: dict[str, Any] = {
     "train": {"epochs": 4, "batch_size": 8},
 }
 
+IN_THE_FOURTH = "epoch-000003.step-000000020.safetensors"
+
 
 def run_config(rows: Path, storage: Path, name: str, **sections: Any) -> Any:
     base = small_config().model.model_dump()
@@ -63,6 +68,113 @@ def run_config(rows: Path, storage: Path, name: str, **sections: Any) -> Any:
     model = {**base, **sections.pop("model", {})}
     train = {"epochs": 3, "learning_rate": 0.01, "storage": str(storage), "name": name, **sections.pop("train", {})}
     return small_config(table=table, model=model, train=train, **sections)
+
+
+@pytest.fixture(scope="module")
+def whole(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run of the last configuration that no cluster had a part in; comes before there is one."""
+    result = train_model(run_config(rows, tmp_path_factory.mktemp("whole"), "run", **BINARY))
+    assert not ray.is_initialized()
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved_often(rows: Path, whole: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The same run, whose last checkpoints but one are of the middle of an epoch."""
+    often = {**BINARY, "train": {**BINARY["train"], "checkpoint_minutes": 0}}
+    result = train_model(run_config(rows, tmp_path_factory.mktemp("often"), "run", **often))
+    assert not ray.is_initialized()
+    assert result.history == whole.history
+    return result
+
+
+def check_it_ends_the_same(run: TrainResult, rows: Path, storage: Path, last: str) -> None:
+    """Trains on from a checkpoint of a run, as if its driver had been killed after it."""
+    shutil.copytree(Path(run.bundle).parent, storage / "run")
+    checkpoints = storage / "run" / "checkpoints"
+    for lost in [*(storage / "run" / "bundle").iterdir(), checkpoints / "epoch-000004.safetensors"]:
+        lost.unlink()
+    assert max(path.name for path in checkpoints.iterdir()) == last
+    starts: list[tuple[int, int]] = []
+    resumed = train_model(run_config(rows, storage, "run", **BINARY), on_start=lambda *epochs: starts.append(epochs))
+    assert starts == [(4, 3)], "epochs, and how many of them are done"
+    assert resumed.trained_epochs == 1
+    assert resumed.history == run.history
+    assert load_bundle(resumed.bundle).fingerprint == load_bundle(run.bundle).fingerprint
+
+
+def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
+    rows: Path, whole: TrainResult, saved_often: TrainResult, tmp_path: Path
+) -> None:
+    again = train_model(run_config(rows, Path(whole.bundle).parents[1], "run", **BINARY))
+    assert again.trained_epochs == 0
+    temperature = load_bundle(whole.bundle).weights["head.temperature"].item()
+    assert temperature == pytest.approx(whole.best["temperature"])
+    assert again.bundle == whole.bundle
+    check_it_ends_the_same(whole, rows, tmp_path / "after", "epoch-000003.safetensors")
+    check_it_ends_the_same(saved_often, rows, tmp_path / "in", IN_THE_FOURTH)
+
+
+def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and_compared_once(
+    rows: Path, tmp_path: Path
+) -> None:
+    config = run_config(rows, tmp_path, "learn", train={"epochs": 12, "auxiliary_weight": 0.5, "batch_size": 16})
+    seen: list[dict[str, Any]] = []
+    compared = compare_fusions(config, ["weighted_sum"], 1, table=str(rows), on_run=seen.append)
+    (run,) = compared["runs"]
+    assert seen == [run]
+    assert set(run["metrics"]) == {"all modalities", "image only", "text only", "late average"}
+    assert all(metrics["accuracy"] > 0.9 for metrics in run["metrics"].values())
+    assert run["rows"] == 240
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert compare_fusions(config, ["weighted_sum"], 1, table=str(rows)) == compared
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+# SIGTERM goes the way of Ctrl-C, and one step further.
+@pytest.mark.parametrize(
+    ("workers", "number", "exit_code"),
+    [
+        (1, signal.SIGTERM, 5),
+        pytest.param([1, 2], signal.SIGTERM, 5, marks=pytest.mark.long),
+        pytest.param([1, 2], signal.SIGINT, 130, marks=pytest.mark.long),
+    ],
+)
+def test_training_that_is_stopped_says_so_and_continues(
+    rows: Path, tmp_path: Path, workers: object, number: signal.Signals, exit_code: int
+) -> None:
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(
+        f'[table]\ntrain = "{rows}"\n[image]\nsize = 16\n[model.image_encoder]\nchannels = [4]\nkind = "cnn"\n'
+        f'[train]\nepochs = 400\npatience = 400\nstorage = "{tmp_path}"\nname = "run"\nnum_workers = {workers}\n'
+    )
+    with subprocess.Popen([*COMMAND, "train", str(recipe)], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
+        checkpoints = tmp_path / "run" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("*.safetensors")) or process.poll() is not None)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert process.returncode == exit_code, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "bundle").exists()
+    checkpoint = latest_checkpoint(str(tmp_path / "run"))
+    assert checkpoint is not None
+    finished = len(checkpoint.history)
+    assert 0 < finished < 400
+    shorter = mmray("train", recipe, "--set", f"train.epochs={finished}")
+    assert shorter.returncode == 2, "another configuration is another run"
+
+
+def test_a_run_that_began_without_a_cluster_ends_the_same_on_one(
+    saved_often: TrainResult, ray_cluster: None, rows: Path, tmp_path: Path
+) -> None:
+    check_it_ends_the_same(saved_often, rows, tmp_path, IN_THE_FOURTH)
+
+
+def test_a_cluster_measures_what_one_process_does(whole: TrainResult, ray_cluster: None, rows: Path) -> None:
+    here, there = (evaluate_bundle(whole.bundle, str(rows), ScoreConfig(local=local)) for local in (True, False))
+    assert there.metrics == here.metrics
+    assert there.rows == here.rows == len(there.image_weight) == 240
 
 
 def test_a_table_that_does_not_fit_in_memory_is_streamed_and_what_it_teaches_scores(
@@ -87,51 +199,6 @@ def assert_it_scores(bundle: str, rows: Path, tmp_path: Path) -> None:
     ledger = score_in_process(bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
     assert ledger.statuses == {"ok": 240}
     assert verify_output(str(tmp_path / "out"), 2).passed
-
-
-def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and_compared_once(
-    ray_cluster: None, rows: Path, tmp_path: Path
-) -> None:
-    config = run_config(rows, tmp_path, "learn", train={"epochs": 12, "auxiliary_weight": 0.5, "batch_size": 16})
-    seen: list[dict[str, Any]] = []
-    compared = compare_fusions(config, ["weighted_sum"], 1, table=str(rows), on_run=seen.append)
-    (run,) = compared["runs"]
-    assert seen == [run]
-    evaluation = evaluate_bundle(run["bundle"], str(rows), ScoreConfig(local=False))
-    assert evaluation.metrics == run["metrics"], "of a cluster as of one process"
-    assert set(evaluation.metrics) == {"all modalities", "image only", "text only", "late average"}
-    assert all(metrics["accuracy"] > 0.9 for metrics in evaluation.metrics.values())
-    assert evaluation.rows == run["rows"] == len(evaluation.image_weight) == 240
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert compare_fusions(config, ["weighted_sum"], 1, table=str(rows)) == compared
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
-
-
-def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
-    ray_cluster: None, rows: Path, tmp_path: Path
-) -> None:
-    whole = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
-    again = train_model(run_config(rows, tmp_path / "a", "run", **BINARY))
-    assert again.trained_epochs == 0
-    temperature = load_bundle(whole.bundle).weights["head.temperature"].item()
-    assert temperature == pytest.approx(whole.best["temperature"])
-    assert again.bundle == whole.bundle
-    run = tmp_path / "b" / "run"
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    often = {**BINARY, "train": {**BINARY["train"], "checkpoint_minutes": 0}}
-    starts: list[tuple[int, int]] = []
-    # As if the driver had been killed after the third epoch, and then in the middle of the fourth.
-    for last in ("epoch-000003.safetensors", "epoch-000003.step-000000020.safetensors"):
-        for lost in [*(run / "bundle").iterdir(), run / "checkpoints" / "epoch-000004.safetensors"]:
-            lost.unlink()
-        assert max(path.name for path in (run / "checkpoints").iterdir()) == last
-        resumed = train_model(
-            run_config(rows, tmp_path / "b", "run", **often), on_start=lambda *epochs: starts.append(epochs)
-        )
-        assert resumed.trained_epochs == 1
-        assert resumed.history == whole.history
-        assert load_bundle(resumed.bundle).fingerprint == load_bundle(whole.bundle).fingerprint
-    assert starts == [(4, 3), (4, 3)], "epochs, and how many of them are done"
 
 
 def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weights(
@@ -180,32 +247,3 @@ def test_labels_that_cannot_be_learned_are_refused(ray_cluster: None, rows: Path
     regression = {"table": {"label_column": "text"}, "task": {"kind": "regression"}}
     with pytest.raises(TableError, match="a regression needs finite numbers"):
         train_model(run_config(rows, tmp_path, "z", **regression))
-
-
-# SIGTERM goes the way of Ctrl-C, and one step further.
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 5)]
-)
-def test_training_that_is_stopped_says_so_and_continues(
-    rows: Path, tmp_path: Path, number: signal.Signals, exit_code: int
-) -> None:
-    recipe = tmp_path / "run.toml"
-    recipe.write_text(
-        f'[table]\ntrain = "{rows}"\n[image]\nsize = 16\n[model.image_encoder]\nchannels = [4]\nkind = "cnn"\n'
-        f'[train]\nepochs = 400\npatience = 400\nstorage = "{tmp_path}"\nname = "run"\n'
-    )
-    with subprocess.Popen([*COMMAND, "train", str(recipe)], stderr=subprocess.PIPE, text=True, env=ALONE) as process:
-        checkpoints = tmp_path / "run" / "checkpoints"
-        wait_for(lambda: list(checkpoints.glob("*.safetensors")) or process.poll() is not None)
-        process.send_signal(number)
-        _, errors = process.communicate()
-    assert process.returncode == exit_code, errors
-    assert "the same command continues" in errors
-    assert "Traceback" not in errors
-    assert not (tmp_path / "run" / "bundle").exists()
-    checkpoint = latest_checkpoint(str(tmp_path / "run"))
-    assert checkpoint is not None
-    finished = len(checkpoint.history)
-    assert 0 < finished < 400
-    shorter = mmray("train", recipe, "--set", f"train.epochs={finished}")
-    assert shorter.returncode == 2, "another configuration is another run"

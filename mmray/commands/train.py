@@ -37,7 +37,8 @@ def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a model and print its bundle's URI",
-        description="Train a model as a TOML file says, and print the URI of its bundle.",
+        description="Train a model as a TOML file says, and print the URI of its bundle: on a cluster, unless none is "
+        "at hand, the rows are few, and one worker is asked for.",
         epilog="Settings are sections and keys: [table] train, image_column, text_column, label_column; [task] kind; "
         "[model.fusion] kind; [train] epochs, num_workers. jobs/configs/ has ready files with comments; every key is "
         "described in mmray/config.py. A run that was interrupted continues with the same command.",

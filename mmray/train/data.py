@@ -1,26 +1,23 @@
-"""From training tables to preprocessed rows, by Ray Data.
+"""From training tables to preprocessed rows, slice by slice.
 
-Reads parquet slices -> gives what the model has to know beforehand (labels, vocabulary: `survey`) and the rows it
-trains on (`preprocess_rows`). Both run one task per slice; the driver sees counts, never rows.
+Reads parquet slices -> gives what the model has to know beforehand (labels, vocabulary: `surveying`) and the rows it
+trains on (`preprocessing`). Both are work on slices, which is done where the run has its place (`place.py`).
 """
 
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 from numpy.typing import NDArray
 
-from mmray.cluster import MAX_RETRIES, environment, over_slices
 from mmray.config import Config, TableConfig
 from mmray.errors import ConfigError, TableError
 from mmray.labels import encode_targets, is_label, label_name, label_names, number
-from mmray.machine import local_cpus
 from mmray.preprocess import Preprocessor
 from mmray.preprocess.image import prepare_decoders
 from mmray.preprocess.text import Vocabulary, tokenize
@@ -65,6 +62,16 @@ class Survey:
     target_std: float
 
 
+@dataclass(frozen=True)
+class Work:
+    """Something to do with slices, each by itself."""
+
+    slices: Sequence[Slice]
+    function: Callable[..., Any]
+    """Called with a pyarrow table of one slice, as `slices_to_arrow` makes it, and the arguments."""
+    arguments: tuple[Any, ...]
+
+
 def open_tables(config: Config) -> Tables:
     """Opens the tables and checks their columns.
 
@@ -85,14 +92,18 @@ def open_tables(config: Config) -> Tables:
     return Tables(train, validation, settings)
 
 
-def survey(tables: Tables, config: Config) -> Survey:
-    """Counts labels and words of the training rows.
+def surveying(tables: Tables, config: Config) -> Work:
+    """Returns the work of counting labels and words of the training rows, whose rows `surveyed` puts together."""
+    return Work(cut(tables.train), _survey_slice, (config, tables.validation is not None))
+
+
+def surveyed(counted: Iterable[Mapping[str, Any]], tables: Tables, config: Config) -> Survey:
+    """Puts together what was counted.
 
     Raises:
         TableError: no row is for training, too few have a label, or a label cannot be read.
     """
-    counted = _map(cut(tables.train), _survey_slice, config, tables.validation is not None)
-    parts = [json.loads(row["counts"]) for row in counted.iter_rows()]
+    parts = [json.loads(row["counts"]) for row in counted]
     labels, words = Counter[str](), Counter[str]()
     for part in parts:
         labels.update(part["labels"])
@@ -139,10 +150,10 @@ def _mean_and_deviation(moments: Sequence[tuple[int, float, float]]) -> tuple[fl
     return mean, float(np.sqrt(squares / max(rows, 1)))
 
 
-def preprocess_rows(
+def preprocessing(
     tables: Tables, split: Split, config: Config, vocabulary: Vocabulary | None, labels: Sequence[str]
-) -> ray.data.Dataset:
-    """Returns the preprocessed, labelled rows of a split, lazily and in table order.
+) -> Work:
+    """Returns the work of which come the preprocessed, labelled rows of a split, in table order.
 
     Columns: the arrays of `Features`, `present_<modality>`, `target` (see `encode_targets`), and which row of the table
     it is: `file` (see `file_id`) and `row`, its number there.
@@ -151,7 +162,7 @@ def preprocess_rows(
     slice_rows = max(min(BLOCK_BYTES // row_bytes(config, len(labels)), max(table.num_rows // 16, 64)), 1)
     roots = table.image_roots(config.table.image_roots)
     arguments = (config, tables.validation is not None, split, vocabulary, tuple(labels), roots)
-    return _map(cut(table, slice_rows), _preprocess_slice, *arguments)
+    return Work(cut(table, slice_rows), _preprocess_slice, arguments)
 
 
 def row_bytes(config: Config, num_labels: int, image_bytes: int | None = None) -> int:
@@ -164,29 +175,6 @@ def row_bytes(config: Config, num_labels: int, image_bytes: int | None = None) -
         + targets
         + 72
     )
-
-
-def with_features(rows: ray.data.Dataset, split: Split, config: Config) -> ray.data.Dataset:
-    """Returns preprocessed rows with what the frozen image network makes of their images in the images' place."""
-    from mmray.train.frozen import FrozenImages  # with torch, which no task that prepares rows needs
-
-    gpus = config.train.max_workers if config.train.use_gpu else 0
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=gpus or local_cpus())
-    return rows.map_batches(
-        FrozenImages,
-        fn_constructor_args=(config, split == "train" and config.train.augment),
-        batch_size=None,
-        batch_format="numpy",
-        compute=pool,
-        num_cpus=1,
-        num_gpus=1 if gpus else 0,
-        runtime_env=environment(gpus),
-    )
-
-
-def _map(slices: Sequence[Slice], function: Any, *arguments: Any) -> ray.data.Dataset:
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    return over_slices(slices, function, fn_args=arguments, max_retries=MAX_RETRIES)
 
 
 def _survey_slice(rows: pa.Table, config: Config, separate: bool) -> pa.Table:

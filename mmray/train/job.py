@@ -8,24 +8,19 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import ray.data
-import ray.exceptions
-import ray.train
 import torch
 
 from mmray.bundle import Bundle, save_bundle, without_weight_files
 from mmray.bundle_info import read_info
-from mmray.cluster import RAY_ERRORS, cluster, environment, unwrap
 from mmray.config import Config
 from mmray.errors import ConfigError, TableError
 from mmray.labels import labels_of
-from mmray.machine import given_address, local_cpus
+from mmray.machine import given_address
 from mmray.model.encoders import ENCODERS
 from mmray.preprocess.text import Vocabulary
 from mmray.profile import profile_of
@@ -38,16 +33,17 @@ from mmray.train.data import (
     check_label_column,
     check_labelled,
     open_tables,
-    preprocess_rows,
+    preprocessing,
     row_bytes,
-    survey,
-    with_features,
+    surveyed,
+    surveying,
 )
 from mmray.train.frozen import feature_bytes, has_frozen_images
 from mmray.train.golden import golden_rows
-from mmray.train.loop import Settings, best_epoch, train_worker
+from mmray.train.loop import Settings, best_epoch
+from mmray.train.place import Place, place_for
 from mmray.train.task import refuse_names_of_rows, with_task, with_two_labels
-from mmray.train.trainer import OnEpoch, OnStart, Trainer, as_needed, ctrl_c_is_an_interruption, news
+from mmray.train.trainer import OnEpoch, OnStart
 
 EPOCHS_TIMES_ROOT, MIN_EPOCHS, MAX_EPOCHS = 1325, 5, 60
 HOW_IT_RUNS = {"storage", "name", "num_workers", "shard", "accumulation", "max_failures", "checkpoint_minutes"}
@@ -97,18 +93,15 @@ def train_model(
     _check_image_encoder(config)
     earlier = latest_checkpoint(folder)
     before = len(earlier.history) if earlier else 0
-    with cluster(max(config.train.max_workers, local_cpus())):
-        try:
-            counts = survey(tables, config)
-            config = with_two_labels(with_epochs(config, counts.rows), given, counts.labels)
-            refuse_names_of_rows(config, counts.labels, counts.rows)
-            labels = labels_of(config, counts.labels)
-            words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
-            _check_words(config, words)
-            on_start(config.train.epochs, before)
-            measured = _fit(config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
-        except (*RAY_ERRORS, ray.train.TrainingFailedError) as error:
-            raise unwrap(error, "training") from error
+    with place_for(config, tables) as place:
+        counts = surveyed(place.rows(surveying(tables, config)), tables, config)
+        config = with_two_labels(with_epochs(config, counts.rows), given, counts.labels)
+        refuse_names_of_rows(config, counts.labels, counts.rows)
+        labels = labels_of(config, counts.labels)
+        words = Vocabulary.from_counts(counts.words, config.text) if config.table.text_column else None
+        _check_words(config, words)
+        on_start(config.train.epochs, before)
+        measured = _fit(place, config, tables, counts, labels, words, folder, on_epoch, cutoffs or {})
     state = latest_checkpoint(folder)
     assert state is not None, "a fitted run has a checkpoint"
     save_bundle(_make_bundle(config, tables, counts, labels, words, state, measured), bundle_uri)
@@ -116,6 +109,7 @@ def train_model(
 
 
 def _fit(
+    place: Place,
     config: Config,
     tables: Tables,
     counts: Survey,
@@ -130,54 +124,34 @@ def _fit(
     frozen = has_frozen_images(config)
     bytes_each = row_bytes(config, len(labels), feature_bytes(config) if frozen else None)
     # A table smaller than a batch is cached whatever it takes: a stream of it would end before its first batch.
-    fits = counts.rows * bytes_each <= train.cache_bytes or counts.rows < train.batch_size
-    rows = {split: preprocess_rows(tables, split, config, words, labels) for split in SPLITS}
-    if frozen and fits:
-        rows = {split: with_features(rows[split], split, config) for split in rows}
-    validation = rows["validation"].materialize()
-    measured = int(validation.count())
+    fits = counts.rows * bytes_each <= train.cache_bytes or counts.rows < train.batch_size or not place.streams
+    work = {split: preprocessing(tables, split, config, words, labels) for split in SPLITS}
+    with_features = config if frozen and fits else None
+    validation = place.blocks(work["validation"], "validation", with_features)
+    measured = validation.num_rows
     unusable = counts.held_out - measured
     check_labelled(unusable, counts.held_out, "validation", "no label that training rows have", config.table)
     if not measured:
         raise TableError(
             "no labelled row is left for validation; raise table.validation_fraction or give table.validation"
         )
-    datasets: dict[str, Any] = {} if fits else {"train": rows["train"]}
-    whole = {"validation": validation, **({"train": rows["train"].materialize()} if fits else {})}
-    # Ray keeps its own notes in the scratch folder; the run's checkpoints are ours (`mmray.train.checkpoint`).
-    with news(on_epoch) as told, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
-        settings = Settings(
-            config=config,
-            folder=folder,
-            num_labels=max(len(labels), 1),
-            words=words.words if words else (),
-            class_counts=[counts.labels[label] for label in labels],
-            target_mean=counts.target_mean,
-            target_std=counts.target_std,
-            num_rows=counts.rows,
-            files=[file.uri for file in tables.train.files],
-            cached={split: its.to_arrow_refs() for split, its in whole.items()},
-            cutoffs=cutoffs,
-            news=told,
-        )
-        trainer = Trainer(
-            train_worker,
-            train_loop_config={"settings": settings},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=train.num_workers,  # type: ignore[arg-type]  # its first version, which is not used, took one
-                use_gpu=train.use_gpu,
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=scratch,
-                failure_config=ray.train.FailureConfig(train.max_failures),
-                worker_runtime_env=environment(train.use_gpu),  # type: ignore[call-arg]  # as above
-            ),
-            datasets=datasets,  # what is cached, every worker sees whole
-        )
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # after which an end is noticed; 2 by default
-        with as_needed(), ctrl_c_is_an_interruption():
-            trainer.fit()
+    cached = {"validation": validation.blocks}
+    if fits:
+        cached["train"] = place.blocks(work["train"], "train", with_features).blocks
+    settings = Settings(
+        config=config,
+        folder=folder,
+        num_labels=max(len(labels), 1),
+        words=words.words if words else (),
+        class_counts=[counts.labels[label] for label in labels],
+        target_mean=counts.target_mean,
+        target_std=counts.target_std,
+        num_rows=counts.rows,
+        files=[file.uri for file in tables.train.files],
+        cached=cached,
+        cutoffs=cutoffs,
+    )
+    place.fit(settings, None if fits else work["train"], on_epoch)
     return measured
 
 

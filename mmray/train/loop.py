@@ -26,7 +26,6 @@ from mmray.train.interim import Interim, from_first, gather, part_of, resume
 from mmray.train.optimizer import build_optimizer
 from mmray.train.rows import CachedRows, Rows, ShuffledRows, StreamedRows
 from mmray.train.steps import Steps, TrainingLoss, to_tensors
-from mmray.train.trainer import News
 
 EVALUATION_BATCH = 128
 
@@ -49,11 +48,9 @@ class Settings:
     files: Sequence[str]
     """URIs of the training table's files."""
     cached: Mapping[str, Sequence[Any]]
-    """Split -> references to its rows in the object store; a split that is not there is a dataset, and streamed."""
+    """Split -> its rows, as `CachedRows` takes them; a split that is not there is a dataset, and streamed."""
     cutoffs: Mapping[int, float]
     """By epoch, the validation loss above which training ends with it."""
-    news: News
-    """Where the entries of the history go."""
 
     @property
     def num_steps(self) -> int:
@@ -61,12 +58,16 @@ class Settings:
         return max(self.num_rows // self.config.train.batch_size, 1) * self.config.train.epochs
 
 
-def train_worker(arguments: dict[str, Settings]) -> None:
-    """Runs on every worker of the group; Ray Train takes one mapping, which holds `settings`."""
+def train_worker(arguments: dict[str, Any]) -> None:
+    """Runs on every worker of the group.
+
+    Args:
+        arguments: what Ray Train takes as one: `settings`, and `tell`, which the entries of the history go to.
+    """
     # A second to load, and only workers need it: Ray Train's controller loads this module too.
     from mmray.train.parallel import agree_on_buffers, distribute, moments_of, restore, weights_of
 
-    settings = arguments["settings"]
+    settings: Settings = arguments["settings"]
     config, train = settings.config, settings.config.train
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(local_cpus() // ray.train.get_context().get_local_world_size(), 1))
@@ -108,7 +109,7 @@ def train_worker(arguments: dict[str, Settings]) -> None:
             best = weights
         save(weights)
         if rank == 0:
-            settings.news.tell(history[-1])
+            arguments["tell"](history[-1])
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:

@@ -35,7 +35,9 @@ def distribute(loss: TrainingLoss, shard: bool) -> nn.Module:
         shard: whether a worker keeps only its part of the weights, and with them of the optimiser's state: an encoder
             is put together for as long as it computes.
     """
-    if shard and dist.is_initialized() and dist.get_world_size() > 1:
+    if not dist.is_initialized():  # in a process of its own, where Ray would take a GPU that nobody asked for
+        return loss
+    if shard and dist.get_world_size() > 1:
         return _sharded(loss)
     # The absent embedding of a modality gets no gradient from a batch in which it is never absent.
     wrapped: nn.Module = ray.train.torch.prepare_model(loss, parallel_strategy_kwargs={"find_unused_parameters": True})

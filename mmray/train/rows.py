@@ -1,14 +1,14 @@
 """Batches of preprocessed rows for one training worker.
 
-Where the decoded rows fit `train.cache_bytes` they stay in Ray's object store, shared by all workers of a node without
-a copy, and each epoch draws its batches from a permutation that depends on the seed and the epoch alone. Larger tables
-are decoded anew each epoch, and shuffled within a buffer.
+Where the decoded rows fit `train.cache_bytes` they stay in memory, on a cluster in Ray's object store, which all
+workers of a node share without a copy, and each epoch draws its batches from a permutation that depends on the seed and
+the epoch alone. Larger tables are decoded anew each epoch, and shuffled within a buffer.
 """
 
 import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -38,12 +38,13 @@ class Rows(Protocol):
 
 
 class CachedRows:
-    """All rows of a split, as views of the blocks in the object store."""
+    """All rows of a split: those of this process, or views of the blocks in the object store."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:
-        """Takes references to the blocks, which are tables of Arrow."""
-        tables = [BlockAccessor.for_block(table) for table in ray.get(list(blocks))]
-        self._blocks = [cast(Batch, table.to_numpy()) for table in tables if table.num_rows()]
+        """Takes blocks of rows, or references to them, which are tables of Arrow then."""
+        if not all(isinstance(block, Mapping) for block in blocks):
+            blocks = [BlockAccessor.for_block(table).to_numpy() for table in ray.get(list(blocks))]
+        self._blocks: list[Batch] = [block for block in blocks if len(block["target"])]
         self._starts = np.cumsum([0, *(len(block["target"]) for block in self._blocks)])
 
     def __len__(self) -> int:

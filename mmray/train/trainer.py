@@ -76,20 +76,29 @@ class News:
         return entries
 
 
+def shown(on_epoch: OnEpoch) -> OnEpoch:
+    """Returns what calls `on_epoch`, and trains on where it fails: there may be nobody to show an epoch to."""
+
+    def show(entry: dict[str, Any]) -> None:
+        try:
+            on_epoch(entry)
+        except Exception as error:
+            _log.warning("an epoch could not be shown: %r", error)
+
+    return show
+
+
 @contextmanager
 def news(on_epoch: OnEpoch) -> Iterator[News]:
     """Yields news of which each entry is handed to `on_epoch` as it comes."""
-    told, stop = News(), threading.Event()
+    told, stop, show = News(), threading.Event(), shown(on_epoch)
 
     def listen() -> None:
         ended = False
         while not ended:
             ended = stop.wait(LISTEN_S)  # and once more after that
-            try:
-                for entry in told.heard():
-                    on_epoch(entry)
-            except Exception as error:  # who has nobody to show it to trains on
-                _log.warning("an epoch could not be shown: %r", error)
+            for entry in told.heard():
+                show(entry)
 
     with ThreadPoolExecutor(1) as thread:
         thread.submit(listen)
