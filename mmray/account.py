@@ -13,7 +13,6 @@ import numpy as np
 from mmray.bundle_info import BundleInfo, read_info
 from mmray.errors import BundleError, ConfigError, TableError
 from mmray.histogram import HISTOGRAM_BINS, stability_index
-from mmray.profile import Profile
 from mmray.report.sections import (
     Curve,
     Headline,
@@ -29,7 +28,6 @@ from mmray.score.commit import Output
 from mmray.score.ledger import Ledger
 from mmray.score.pace import STAGES
 from mmray.score.problems import problems
-from mmray.score.samples import sample_scored
 from mmray.score.scored import MAX_GROUPS, OTHERS, Group, grouped, image_weights
 from mmray.score.verify import VerifyReport, verify_output
 from mmray.table import Reason
@@ -60,7 +58,7 @@ def scoring_report(
     info, ledger = read_info(uri), Ledger.from_dict(success["ledger"])
     if info.fingerprint != success["fingerprint"]:
         raise BundleError(f"the bundle at {uri} is not the one that scored this; give that one with --bundle")
-    others = {"in training": Profile.from_dict(info.metrics["inputs"]).histogram} if "inputs" in info.metrics else {}
+    others = {"in training": tuple(info.metrics["inputs"]["histogram"])} if "inputs" in info.metrics else {}
     if before is not None:
         others["before"] = _scores_before(before, info)
     verified = verify_output(output)
@@ -71,7 +69,10 @@ def scoring_report(
         section["scores_elsewhere"] = _curves({"this run": ledger.histogram, **others}, info.score_range)
     if verified.passed:  # of what is broken, no more is said than that
         section |= _of_rows(output, by)  # type: ignore[typeddict-item]
-        section |= {"samples": sample_scored(output, uri, owner, samples)} if samples else {}
+    if verified.passed and samples:
+        from mmray.score.samples import sample_scored  # seconds to load, which only they need
+
+        section["samples"] = sample_scored(output, uri, owner, samples)
     if (pace := Output(output).pace()) is not None:
         section["speed"] = _speed(pace)
     return {

@@ -124,6 +124,13 @@ def test_only_one_module_decodes_images_and_one_loads_torchvision(path: Path) ->
     assert not roots & {"PIL", "pickle", "cloudpickle", "joblib"}
 
 
+def test_a_command_that_runs_no_model_does_not_load_torch() -> None:
+    modules = "score.job score.verify score.scored score.problems account schedule.tick schedule.published submit"
+    imported = ", ".join(f"mmray.{name}" for name in modules.split())
+    code = f"import sys, {imported}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_package_loads_neither_ray_nor_torch_and_writes_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, mmray, mmray.cli, mmray.config; mmray.cli.build_parser(); "

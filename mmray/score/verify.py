@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from mmray.errors import MmrayError, VerifyError
 from mmray.score.commit import Output, part_key
 from mmray.score.ledger import Ledger
-from mmray.score.rescore import Rows, differences, rescorer, sample_rows
 from mmray.slices import Slice, read_slice, slices_from_arrow
 from mmray.table import Status, cells
 
@@ -100,15 +99,22 @@ def verify_output(
                 _collect(report, "slice footers" if level == 1 else "slices row by row", found)
                 on_slice(piece.num_rows)
     if level >= 3 and report.passed:
-        _rescore(report, target, slices, bundle or owner["bundle"], owner, sample_rows(slices, sample, seed))
+        _rescore(report, target, slices, bundle or owner["bundle"], owner, (sample, seed))
     return report
 
 
 def _rescore(
-    report: VerifyReport, target: Output, slices: list[Slice], bundle: str, owner: dict[str, Any], rows: Rows
+    report: VerifyReport,
+    target: Output,
+    slices: list[Slice],
+    bundle: str,
+    owner: dict[str, Any],
+    drawn: tuple[int, int],
 ) -> None:
+    from mmray.score.rescore import differences, rescorer, sample_rows  # seconds to load, which only this level needs
+
     predictor, compared, found = rescorer(bundle, owner), 0, list[str]()
-    for k, some in rows.items():
+    for k, some in sample_rows(slices, *drawn).items():
         number, different = differences(target, owner["plan_hash"], slices[k], some, predictor)
         compared, found = compared + number, found + different
     report.checks["rows scored again"] = compared
