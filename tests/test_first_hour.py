@@ -107,8 +107,7 @@ def test_a_folder_of_pngs_named_jpg(
     assert "sample       4 of 4 rows ok" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.ray
-def test_numbers_as_labels(ray_cluster: None, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_as_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = colour_table(tmp_path / "many", rows=120)
     recipe = tmp_path / "run.toml"
     recipe.write_text(
