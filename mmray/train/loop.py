@@ -6,7 +6,7 @@ that starts again continues after the last: so much a lost worker, node or drive
 Ray Train gets no reports: each would wait until its controller looks again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +58,16 @@ class Settings:
         return max(self.num_rows // self.config.train.batch_size, 1) * self.config.train.epochs
 
 
-def train_worker(arguments: dict[str, Any]) -> None:
+def train_worker(settings: Settings, tell: Callable[[dict[str, Any]], None]) -> None:
     """Runs on every worker of the group.
 
     Args:
-        arguments: what Ray Train takes as one: `settings`, and `tell`, which the entries of the history go to.
+        settings: what the driver tells every worker.
+        tell: called by the first one with the entry of each epoch as it ends.
     """
-    # A second to load, and only workers need it: Ray Train's controller loads this module too.
+    # A second to load, and only workers need it: the driver loads this module too.
     from mmray.train.parallel import agree_on_buffers, distribute, moments_of, restore, weights_of
 
-    settings: Settings = arguments["settings"]
     config, train = settings.config, settings.config.train
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(local_cpus() // ray.train.get_context().get_local_world_size(), 1))
@@ -109,7 +109,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
             best = weights
         save(weights)
         if rank == 0:
-            arguments["tell"](history[-1])
+            tell(history[-1])
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:

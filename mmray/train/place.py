@@ -110,9 +110,9 @@ class Here:
         log.setLevel(logging.WARNING)  # it asks to report trouble with this mode
         try:
             with torch.random.fork_rng(devices=[]):
-                arguments = {"settings": settings, "tell": shown(on_epoch)}
                 scaling = ray.train.ScalingConfig(num_workers=0)  # Ray Train's way to say: in this process
-                ray.train.torch.TorchTrainer(train_worker, train_loop_config=arguments, scaling_config=scaling).fit()
+                show = shown(on_epoch)
+                ray.train.torch.TorchTrainer(lambda: train_worker(settings, show), scaling_config=scaling).fit()
         finally:
             torch.set_num_threads(threads)
 
@@ -144,8 +144,7 @@ class OnCluster:
         # Ray keeps its own notes in the scratch folder; the run's checkpoints are ours (`mmray.train.checkpoint`).
         with news(on_epoch) as told, tempfile.TemporaryDirectory(prefix="mmray-") as scratch:
             trainer = Trainer(
-                train_worker,
-                train_loop_config={"settings": settings, "tell": told.tell},
+                lambda: train_worker(settings, told.tell),  # no `train_loop_config`: its controller would load that too
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=train.num_workers,  # type: ignore[arg-type]  # its first version, not used, took one
                     use_gpu=train.use_gpu,
