@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,28 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def serving(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """An endpoint's command, killed where it does not end."""
+    command, pipe = [*COMMAND, "serve", *map(str, arguments)], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**ALONE, **environment}) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def listening() -> dict[tuple[str, int], str]:
+    """The addresses that somebody listens on, with the inodes of their sockets."""
+    found = {}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":
+            address, port = fields[1].split(":")
+            found[socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)] = fields[9]
+    return found
 
 
 def num_parts(output: Path) -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from processes import listening, serving
+from processes import wait_for as until
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -20,7 +23,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_endpoint import encoded
 
 from mmray.serve.api import build_api
-from mmray.serve.app import endpoint
 from mmray.serve.haproxy import free_port
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
@@ -40,9 +42,16 @@ def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def site(bundle: str) -> Iterator[str]:
-    with endpoint(bundle, ServeConfig(max_items=8, port=free_port())) as url:
-        yield url
+def command(bundle: str) -> Iterator[subprocess.Popen[str]]:
+    with serving(bundle, "--port", free_port(), "--max-items", 8) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def site(command: subprocess.Popen[str]) -> str:
+    assert command.stdout is not None
+    ready = command.stdout.readline()
+    return ready.removeprefix("ready at ").partition(";")[0]
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +186,10 @@ def test_the_page_needs_no_mouse_and_fits_a_phone(site: str, browser: webdriver.
     find(browser, "#text").send_keys("red")
     find(browser, "#item button[type=submit]").send_keys(Keys.ENTER)
     wait_for(browser, lambda b: find(b, "#result").is_displayed())
+
+
+def test_a_command_that_is_killed_leaves_nobody_on_its_port(command: subprocess.Popen[str], site: str) -> None:
+    address = "127.0.0.1", int(site.rpartition(":")[2])
+    assert address in listening()
+    command.kill()
+    until(lambda: address not in listening())

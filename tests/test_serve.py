@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import os
 import random
 import re
@@ -23,7 +22,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE
+from processes import ALONE, listening, serving
 from ray import serve
 from test_endpoint import encoded, spoiled
 
@@ -183,17 +182,6 @@ def test_nothing_but_the_endpoint_is_open_to_the_network(url: str) -> None:
     assert {host for host, port in listening() if 30_000 <= port < 31_000} <= {"127.0.0.1"}, "the replicas"
 
 
-def listening() -> dict[tuple[str, int], str]:
-    """The addresses that somebody listens on, with the inodes of their sockets."""
-    found = {}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A":
-            address, port = fields[1].split(":")
-            found[socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)] = fields[9]
-    return found
-
-
 def test_a_new_version_takes_over_without_a_failed_request(url: str, bundles: list[str]) -> None:
     prints = [load_bundle(bundle).fingerprint for bundle in bundles]
     seen: list[str] = []
@@ -255,11 +243,9 @@ def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
     bundles: list[str], certificate: tuple[str, str]
 ) -> None:
     url = f"https://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "mmray.cli", "serve", bundles[0], "--port", url.rpartition(":")[2]]
-    command += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
-    environment = {**ALONE, "MMRAY_TOKEN": "hush", "RAY_metrics_report_interval_ms": "500"}
+    command = [bundles[0], "--port", url.rpartition(":")[2], "--tls-cert", certificate[0], "--tls-key", certificate[1]]
     trust = ssl.create_default_context(cafile=certificate[0])
-    with running(command, environment) as run:
+    with serving(*command, MMRAY_TOKEN="hush", RAY_metrics_report_interval_ms="500") as run:
         assert run.stdout is not None
         ready = run.stdout.readline()
         assert ready.startswith(f"ready at {url}; metrics for Prometheus at http://")
@@ -277,35 +263,11 @@ def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
     assert "hush" not in errors
 
 
-@contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A command that does not outlive a test that fails."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
-
-
 def await_metric(url: str, pattern: str) -> None:
     """Waits until a line of the metrics is this."""
     deadline = time.monotonic() + 60
     while not re.search(f"^{pattern}$", text := httpx.get(url).text, re.MULTILINE):
         assert time.monotonic() < deadline, [line for line in text.splitlines() if "mmray" in line]
-        time.sleep(0.2)
-
-
-def test_a_command_that_is_killed_leaves_nobody_on_its_port(bundles: list[str]) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "mmray.cli", "serve", bundles[0], "--port", str(port)]
-    with running(command, ALONE) as run:
-        assert run.stdout is not None
-        assert "ready" in run.stdout.readline()
-        run.kill()
-    deadline = time.monotonic() + 60
-    while ("127.0.0.1", port) in listening():
-        assert time.monotonic() < deadline, "HAProxy is still there"
         time.sleep(0.2)
 
 
