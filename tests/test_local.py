@@ -90,13 +90,21 @@ def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     with started("score", bundle, rows, tmp_path / "out", "--slice-rows", 30, "--actors", 4, "--local") as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_for(lambda: len(children.read_text().split()) == 4 or process.poll() is not None)
-        workers = children.read_text().split()
+        wait_for(lambda: len(family(process.pid)) == 5 or process.poll() is not None)
+        workers = family(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def family(pid: int) -> list[int]:
+    """The ids of the children of a process, each before its own."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [each for child in map(int, children) for each in (child, *family(child))]
 
 
 def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ def test_processes_that_do_not_start_end_the_run_and_leave_what_they_said(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'mmray.score.local_worker' in sys.orig_argv: sys.exit('no room here')\n"
+        "import sys\nif 'mmray.score.nursery' in sys.orig_argv: sys.exit('no room here')\n"
     )
     run = mmray("score", bundle, rows, tmp_path / "out", "--local", PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
     assert run.returncode == 5
