@@ -48,6 +48,20 @@ def scored_files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("data/*.parquet")}
 
 
+def family(pid: int) -> list[int]:
+    """The ids of the children of a process, each before its own."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [each for child in map(int, children) for each in (child, *family(child))]
+
+
+def sockets(pid: int) -> set[str]:
+    """The sockets that a process has."""
+    return {name for fd in Path(f"/proc/{pid}/fd").iterdir() if (name := os.readlink(fd)).startswith("socket:")}
+
+
 @pytest.mark.long
 def test_a_process_that_is_killed_is_replaced(rows: Path, bundle: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -79,6 +93,34 @@ def test_a_process_that_is_stopped_from_outside_is_replaced(rows: Path, bundle: 
     assert mmray("verify", output, "--level", 2).returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_where_the_process_is_lost_that_all_came_from_the_run_goes_on_with_others(
+    rows: Path, bundle: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "out"
+    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local", "--stuck-after", 2]
+    with started(*command) as process:
+        wait_for(lambda: num_parts(output) or process.poll() is not None)
+        nursery, *workers = family(process.pid)
+        assert len(sockets(workers[0]) & sockets(workers[1])) == 1, "by which they ask for others"
+        os.kill(nursery, number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (nursery, *workers))
+    assert mmray("verify", output, "--level", 2).returncode == 0
+
+
+def test_no_process_outlives_a_driver_that_is_killed(rows: Path, bundle: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with started("score", bundle, rows, output, "--slice-rows", 8, "--actors", 2, "--local") as process:
+        os.kill(pid_at_work(output), signal.SIGKILL)  # at its slice there will be a process more, to score rows apart
+        wait_for(lambda: len(family(process.pid)) > 3 or process.poll() is not None)
+        others = family(process.pid)
+        process.kill()
+    assert len(others) > 3, "one that all came from, two that score, one that does apart"
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in others))
+
+
 def test_a_run_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
@@ -96,15 +138,6 @@ def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-
-
-def family(pid: int) -> list[int]:
-    """The ids of the children of a process, each before its own."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return [each for child in map(int, children) for each in (child, *family(child))]
 
 
 def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:
