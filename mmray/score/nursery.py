@@ -12,6 +12,7 @@ caller does, and stays in the environment of its first use.
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -113,6 +114,7 @@ def main() -> None:
     """Serves the connection and the sockets whose descriptors the command line gives, and runs what it forks."""
     driver = spawned()
     requests, asking = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[2:])
+    gc.freeze()  # a collector that looks at what was imported would have it copied into each fork
     birth = Nursery(driver, requests).serve()
     if birth is not None:
         os.environ.update(birth.environment)
