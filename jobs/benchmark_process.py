@@ -12,7 +12,7 @@ CHILDREN_EVERY_S = 0.1
 ROLES = {
     "ray::MapWorker": "actor",
     "ray::RayTrainWorker": "training worker",
-    "mmray.score.local_worker": "scoring process",
+    "local_worker": "scoring process",
 }
 
 
@@ -61,11 +61,11 @@ def _family(root: int) -> set[int]:
 
 
 def _look(pid: int) -> tuple[str, float]:
-    """Returns a process's name (of a Ray actor, its class; of Python, the module) and highest resident size in MB."""
+    """Returns a process's name (of a Ray actor, its class; of a fork, its module) and highest resident size in MB."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        name = command[2] if command[1:2] == ["-m"] else command[0].partition("(")[0].partition(".")[0]
-        return name, peak_mb(pid)
+        command, name = (Path(f"/proc/{pid}/{file}").read_text() for file in ("cmdline", "comm"))
+        actor = re.match(r"ray::\w+", command)
+        return actor[0] if actor else name.strip(), peak_mb(pid)
     except OSError:
         return "", 0.0
 

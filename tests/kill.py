@@ -95,7 +95,7 @@ class Alone:
     def actors(self) -> dict[int, Any]:
         """The processes that score, of commands in this environment."""
         ours = [f for f in Path("/proc").glob("[0-9]*") if self._token.encode() in read(f / "environ")]
-        return {int(f.name): None for f in ours if b"mmray.score.local_worker" in read(f / "cmdline")}
+        return {int(f.name): None for f in ours if read(f / "comm") == b"local_worker\n"}
 
     def stop(self) -> None:
         pass

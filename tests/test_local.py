@@ -48,6 +48,29 @@ def scored_files(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in output.glob("data/*.parquet")}
 
 
+def family(pid: int) -> list[int]:
+    """The ids of the children of a process, each before its own."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+    return [each for child in map(int, children) for each in (child, *family(child))]
+
+
+def are_gone(pids: list[int]) -> bool:
+    """Whether there are no such processes any more."""
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def sockets(pid: int) -> set[str]:
+    """The sockets that a process has."""
+    found = set[str]()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.add(os.readlink(descriptor))
+    return {name for name in found if name.startswith("socket:")}
+
+
 @pytest.mark.long
 def test_a_process_that_is_killed_is_replaced(rows: Path, bundle: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -79,6 +102,48 @@ def test_a_process_that_is_stopped_from_outside_is_replaced(rows: Path, bundle: 
     assert mmray("verify", output, "--level", 2).returncode == 0
 
 
+def test_processes_end_with_the_one_that_all_came_from_and_the_run_goes_on_with_others(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with started("score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local") as process:
+        wait_for(lambda: num_parts(output) or process.poll() is not None)
+        nursery, *workers = family(process.pid)
+        assert len(sockets(workers[0]) & sockets(workers[1])) == 1, "by which they ask for others"
+        os.kill(nursery, signal.SIGKILL)
+        wait_for(lambda: are_gone(workers))
+        assert process.poll() is None
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert mmray("verify", output, "--level", 2).returncode == 0
+
+
+def test_a_run_comes_to_its_end_where_the_process_that_all_came_from_is_stopped(
+    rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = ["score", bundle, rows, output, "--slice-rows", 1, "--actors", 2, "--local", "--stuck-after", 2]
+    with started(*command) as process:
+        wait_for(lambda: num_parts(output) or process.poll() is not None)
+        nursery, *workers = family(process.pid)
+        os.kill(nursery, signal.SIGSTOP)
+        os.kill(workers[0], signal.SIGKILL)  # nobody can say how it ended, nor start another
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    wait_for(lambda: are_gone([nursery, *workers]))
+
+
+def test_no_process_outlives_a_driver_that_is_killed(rows: Path, bundle: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with started("score", bundle, rows, output, "--slice-rows", 8, "--actors", 2, "--local") as process:
+        os.kill(pid_at_work(output), signal.SIGKILL)  # at its slice there will be a process more, to score rows apart
+        wait_for(lambda: len(family(process.pid)) > 3 or process.poll() is not None)
+        others = family(process.pid)
+        process.kill()
+    assert len(others) > 3, "one that all came from, two that score, one that does apart"
+    wait_for(lambda: are_gone(others))
+
+
 def test_a_run_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
@@ -90,13 +155,12 @@ def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     with started("score", bundle, rows, tmp_path / "out", "--slice-rows", 30, "--actors", 4, "--local") as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_for(lambda: len(children.read_text().split()) == 4 or process.poll() is not None)
-        workers = children.read_text().split()
+        wait_for(lambda: len(family(process.pid)) == 5 or process.poll() is not None)
+        workers = family(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    wait_for(lambda: are_gone(workers))
 
 
 def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:
@@ -113,7 +177,7 @@ def test_processes_that_do_not_start_end_the_run_and_leave_what_they_said(
     rows: Path, bundle: str, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'mmray.score.local_worker' in sys.orig_argv: sys.exit('no room here')\n"
+        "import sys\nif 'mmray.score.nursery' in sys.orig_argv: sys.exit('no room here')\n"
     )
     run = mmray("score", bundle, rows, tmp_path / "out", "--local", PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
     assert run.returncode == 5

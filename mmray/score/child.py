@@ -134,12 +134,11 @@ def _memory_limit(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def main() -> None:
-    """Serves the connection whose descriptor the command line gives."""
-    connection = spawned()
+def main(connection: Connection) -> None:
+    """Serves a connection; the command line gives the descriptor of one."""
     with telling(connection):
         Child(connection, json.loads(connection.recv_bytes())).serve()
 
 
 if __name__ == "__main__":
-    main()
+    main(spawned())

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mmray.errors import EnvironmentFaultError, named
 from mmray.predictor import OnStage, Predictor
 from mmray.score.child import FORWARD, PREPARE, READ
-from mmray.score.spawn import spawn
+from mmray.score.spawn import Fork, spawn
 from mmray.table import Fault, Reason, append_columns, fault
 
 START_S = 300  # to import, and to load a bundle
@@ -56,7 +56,7 @@ class Isolation:
         self._predictor, self._on_stage = predictor, on_stage
         options = predictor.options.model_copy(update={"precision": predictor.precision})
         self._settings = {"bundle": bundle_uri, "image_roots": image_roots, "options": options.model_dump(mode="json")}
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: subprocess.Popen[bytes] | Fork | None = None
         self._named = self._allowed = 0
         self._turn, self._counting, self._users = threading.Lock(), threading.Lock(), 0
 

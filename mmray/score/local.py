@@ -6,7 +6,6 @@ that kills is named, as on a cluster.
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 from typing import IO, Any
 
 from mmray.errors import EnvironmentFaultError, MmrayError, named
@@ -24,13 +24,13 @@ from mmray.machine import KEEP_MEMORY, given_address, local_cpus, missing_gpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
-from mmray.score.spawn import spawn
+from mmray.score.spawn import Fork, Nursery
 from mmray.slices import Slice
 from mmray.stop import RESUMES
 
 MAX_ROWS = 100_000  # minutes of work, beside which it does not matter that a cluster starts
 MAX_STARTS = 3  # of processes that end before they could begin a slice
-POLL_S, LOOK_S = 0.1, 1.0
+POLL_S, LOOK_S, END_S = 0.1, 1.0, 10.0
 ON_CPU = {**KEEP_MEMORY, "OMP_NUM_THREADS": "1"}
 MODULE = "mmray.score.local_worker"
 
@@ -85,23 +85,14 @@ def _gpus() -> list[str]:
 
 @dataclass
 class _Process:
-    """A process, and the slices that it is at."""
+    """A process, where it is from, and the slices that it is at."""
 
-    process: subprocess.Popen[bytes]
+    process: Fork
     connection: Connection
     place: dict[str, str]
+    nursery: Nursery
     slices: dict[int, Slice] = field(default_factory=dict)
     is_ready: bool = False
-    stopped_since: float | None = None
-
-    def look(self, limit_s: float) -> None:
-        """Kills it where it has been stopped for so long: from outside, for what hangs within ends itself."""
-        if _is_stopped(self.process.pid):
-            self.stopped_since = self.stopped_since or time.monotonic()
-            if time.monotonic() - self.stopped_since > limit_s:
-                self.process.kill()
-        else:
-            self.stopped_since = None
 
     def give(self, piece: Slice) -> None:
         self.slices[piece.index] = piece
@@ -141,6 +132,8 @@ class LocalPool:
         self.failed = False
         """Whether a process died, or raised what is not an error of ours."""
         self._processes: dict[Connection, _Process] = {}
+        self._nursery: Nursery | None = None
+        self._stopped: dict[Popen[bytes] | Fork, float] = {}
         self._places = places(options)[: len(slices)]
         self._arguments = (*arguments, settled(options, len(self._places))), {"carry": carry}
 
@@ -160,8 +153,7 @@ class LocalPool:
                 receipt = self._hear(self._processes[connection])  # type: ignore[index]
                 if receipt is not None:
                     yield receipt
-            for process in self._processes.values():
-                process.look(self._stuck_after_s)
+            self._look()
         while self._stopping:  # until the signal comes that says what that means
             self._idle.set()
             time.sleep(POLL_S)
@@ -173,14 +165,21 @@ class LocalPool:
 
     def end(self) -> None:
         """Ends the processes."""
-        for process in self._processes.values():
-            process.process.kill()
-        for process in self._processes.values():
-            process.process.wait()
-            process.connection.close()
+        begun = [each.process for each in self._processes.values() if each.process.poll() is None and each.process.pid]
+        for process in begun:
+            process.kill()
+        for process in begun:
+            with suppress(TimeoutExpired):  # the nursery stands still
+                process.wait(END_S)
+        if self._nursery:
+            self._nursery.end()  # and with it what it has not begun
+        for connection in self._processes:
+            connection.close()
 
     def _start(self, place: dict[str, str]) -> _Process:
-        process = _Process(*spawn(MODULE, environment=place, output=self._log), place)
+        if self._nursery is None:
+            self._nursery = Nursery(place, self._log)  # each fork puts its own place over it
+        process = _Process(*self._nursery.fork(MODULE, place), place, self._nursery)
         self._processes[process.connection] = process
         process.send(self._arguments)
         return process
@@ -205,15 +204,31 @@ class LocalPool:
         self._give(process)
         return message
 
+    def _look(self) -> None:
+        """Kills what has been stopped for so long: from outside, for what hangs within ends itself."""
+        now, watched = time.monotonic(), list[Popen[bytes] | Fork]()
+        watched += [each.process for each in self._processes.values()]
+        if self._nursery:
+            watched.append(self._nursery.process)
+        self._stopped = {process: self._stopped.get(process, now) for process in watched if _is_stopped(process)}
+        for process, since in self._stopped.items():
+            if now - since > self._stuck_after_s:
+                process.kill()
+
     def _replace(self, dead: _Process) -> None:
         del self._processes[dead.connection]
         dead.connection.close()
-        code = dead.process.wait()
+        code = self._code(dead)
         if self._stopping:
             return
         self._left.extend(dead.slices.values())  # last, in case it was one of them
-        self._failed_starts += not dead.is_ready
-        self._deaths, self.failed = self._deaths + 1, True
+        self.failed = True
+        if dead.nursery is self._nursery:  # those that die with one count as one
+            self._failed_starts += not dead.is_ready
+            self._deaths += 1
+            if dead.nursery.process.poll() is not None:
+                dead.nursery.end()
+                self._nursery = None
         if self._failed_starts >= MAX_STARTS or self._deaths > self._max_deaths:
             when = "at a slice" if dead.is_ready else "before its first slice"
             raise EnvironmentFaultError(
@@ -224,10 +239,23 @@ class LocalPool:
             for _ in range(CALLS_PER_PROCESS):
                 self._give(process)
 
+    def _code(self, dead: _Process) -> int:
+        """Returns the exit code of a process that has ended, of which its nursery tells unless that stands still."""
+        try:
+            return dead.process.wait(self._stuck_after_s)
+        except TimeoutExpired:
+            dead.nursery.process.kill()
+            return dead.process.wait()
 
-def _is_stopped(pid: int) -> bool:
+
+def _is_stopped(process: Popen[bytes] | Fork) -> bool:
     """Whether a process stands still as after SIGSTOP; see proc_pid_stat(5)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    if process.poll() is not None or process.pid is None:
+        return False
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has just ended
+        return False
 
 
 def _raised(name: str, text: str) -> MmrayError:

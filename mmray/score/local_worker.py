@@ -1,6 +1,4 @@
-"""One of the processes that score on this machine without Ray: told which slices by `local.py`.
-
-    python -m mmray.score.local_worker DESCRIPTOR
+"""One of the processes that score on this machine without Ray: forked by `nursery.py`, told which slices by `local.py`.
 
 Reads slices from a socket -> gives None when it is ready, then their receipts, or the error that stopped one. When the
 socket closes it finishes what it is at, and ends.
@@ -13,7 +11,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from mmray.options import CALLS_PER_PROCESS
-from mmray.score.spawn import spawned
 from mmray.score.worker import WatchedScorer
 from mmray.slices import Slice
 
@@ -52,10 +49,6 @@ class LocalWorker:
             self._connection.send(what)
 
 
-def main() -> None:
-    """Serves the connection whose descriptor the command line gives."""
-    LocalWorker(spawned()).serve()
-
-
-if __name__ == "__main__":
-    main()
+def main(connection: Connection) -> None:
+    """Serves a connection."""
+    LocalWorker(connection).serve()
