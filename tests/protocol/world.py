@@ -167,12 +167,11 @@ class World:
         if objects is not state.objects:
             self._on_change(objects, process.node.then.key)
         node = self.code.step(process.node, answer)
-        state = state._replace(objects=objects)
-        ended, driver = isinstance(node.then, Ended), node.program.slice is None
         moved = tuple(p._replace(node=node) if p.number == process.number else p for p in state.processes)
-        if not ended or process.parent is not None:
-            return state._replace(processes=moved)
-        if driver:
+        state = state._replace(objects=objects, processes=moved)
+        if not isinstance(node.then, Ended) or process.parent is not None:
+            return state
+        if node.program.slice is None:
             self._on_end(state, node)
         kept = [p for p in moved if p.number != process.number]
         return state._replace(processes=_orphaned(kept, {p.number for p in kept if p.parent == process.number}))
