@@ -173,12 +173,12 @@ class ObjectStore(Store):
 
     def create(self, key: str, data: bytes) -> bool:
         # S3 answers 409 where another writer is at the same name, who may yet fail; obstore says "exists" to that too.
-        for pause_s in (0, *CONFLICT_PAUSES_S):
-            time.sleep(pause_s)
+        for pause_s in (*CONFLICT_PAUSES_S, 0):
             if self._put(key, data):
                 return True
             if self.stat(key) is not None:
                 return False
+            time.sleep(pause_s)
         raise EnvironmentFaultError(
             f"cannot write {self.child(key)}: the store says that it exists, and has no such object; run again"
         )

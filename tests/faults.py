@@ -101,6 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def s3_on_loopback() -> Iterator[str]:
+    """URL of a real S3 server for the duration of a `with` block."""
+    from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
+
+    # Its part for S3 alone: the whole looks into a hundred folders at each request, to know which services there are.
+    app = create_backend_app("s3")
+    with serving(make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)) as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+@contextmanager
 def faulty(upstream: str, share: float, seed: int = 0) -> Iterator[FaultyStore]:
     """A store before another for the duration of a `with` block."""
     with serving(FaultyStore(upstream, share, seed)) as server:

@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from faults import faulty, upload
+from faults import faulty, s3_on_loopback, upload
 from models import colour_table, saved_bundle, score_in_process
 from processes import ALONE, COMMAND, NODE, wait_for
 
@@ -399,17 +399,11 @@ def place_of(kind: str, folder: Path, seed: int) -> Iterator[tuple[str, Counter[
     if kind == "local":
         yield str(folder), Counter()
         return
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    with faulty(url, share=1 / 5, seed=seed) as store:
+    with s3_on_loopback() as url, faulty(url, share=1 / 5, seed=seed) as store:
         os.environ |= {"AWS_ENDPOINT_URL": store.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
         os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         urlopen(Request(f"{url}/bucket", method="PUT")).close()
         yield "s3://bucket", store.faults
-    server.stop()
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import errno
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,17 @@ from faults import OneFault, serving
 from io_steps import WRITES, Steps, in_bucket, on_disk
 from models import colour_table, saved_bundle
 
+from mmray.bundle import load_bundle
 from mmray.errors import EnvironmentFaultError
 from mmray.options import ScoreConfig
-from mmray.score import job
+from mmray.predictor import Predictor
+from mmray.score import job, worker
 from mmray.score.commit import PACE, Receipt
 from mmray.score.plan import Plan
 from mmray.score.verify import verify_output
 from mmray.score.worker import SliceScorer
 from mmray.slices import Slice
+from mmray.source import ImageSource
 from mmray.store import TEMPORARY_SUFFIX, open_store
 
 OPTIONS = ScoreConfig(precision="fp32", slice_rows=5)
@@ -44,8 +48,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return saved_bundle(folder / "bundle", rows), str(rows)
 
 
+@pytest.fixture(scope="module")
+def predictor(given: tuple[str, str]) -> Predictor:
+    """The model made ready, once for all runs: no step of theirs is in it."""
+    bundle = load_bundle(given[0])
+    return Predictor.on_this_worker(bundle, ImageSource([given[1]], bundle.config.image.max_bytes), OPTIONS)
+
+
 @pytest.fixture(autouse=True)
-def _without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_a_cluster(monkeypatch: pytest.MonkeyPatch, predictor: Predictor) -> None:
     """One scorer in this process takes the cluster's place; rows that killed are another test's."""
 
     def run(
@@ -55,6 +66,8 @@ def _without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         return map(scorer.score, todo)
 
     monkeypatch.setattr(job, "_run", run)
+    monkeypatch.setattr(worker, "load_bundle", lambda uri: predictor.bundle)
+    monkeypatch.setattr(Predictor, "on_this_worker", lambda *given, **more: predictor)
     monkeypatch.setattr(SliceScorer, "_score_apart", SliceScorer._score_here)
 
 
@@ -108,13 +121,16 @@ def count(given: tuple[str, str], output: str, stepping: Callable[..., AbstractC
     return steps.names
 
 
-def test_a_run_that_dies_at_any_step_on_a_disk_is_completed(given: tuple[str, str], tmp_path: Path) -> None:
+def test_a_run_that_dies_at_any_step_on_a_disk_is_completed(
+    given: tuple[str, str], predictor: Predictor, tmp_path: Path
+) -> None:
     names = count(given, str(tmp_path / "whole"), on_disk)
     steps = [k for k, name in enumerate(names) if name in WRITES]
     for at in steps:
         output = str(tmp_path / str(at))
 
         def run(output: str = output, at: int = at) -> None:
+            predictor._thread = ThreadPoolExecutor(1)  # a fork has no threads of its parent's
             with on_disk(output, Steps(at, lambda do: os._exit(DEAD))):
                 job.score_table(*given, output, OPTIONS)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from mmray.histogram import HISTOGRAM_BINS, histogram_of
@@ -48,16 +47,16 @@ class Ledger:
     def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
         """Adds ledgers up."""
         rows, carried, statuses, reasons, modalities = 0, 0, Counter[str](), Counter[str](), Counter[str]()
-        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        histogram: tuple[int, ...] = (0,) * HISTOGRAM_BINS
         for ledger in ledgers:
             rows += ledger.rows
             carried += ledger.carried
             statuses.update(ledger.statuses)
             reasons.update(ledger.reasons)
             modalities.update(ledger.modalities)
-            histogram += np.asarray(ledger.histogram)
+            histogram = tuple(a + b for a, b in zip(histogram, ledger.histogram, strict=True))
         assert rows == statuses.total() == modalities.total(), "a ledger balances"
-        return cls(rows, dict(statuses), dict(reasons), dict(modalities), tuple(int(n) for n in histogram), carried)
+        return cls(rows, dict(statuses), dict(reasons), dict(modalities), histogram, carried)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Ledger":

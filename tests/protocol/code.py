@@ -23,13 +23,14 @@ import mmray.store
 from mmray.options import ScoreConfig
 from mmray.score import attempts, commit, job
 from mmray.score.attempts import Attempts
-from mmray.score.commit import Output, Receipt, receipt_from_row, receipts_to_arrow
+from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row, receipts_to_arrow
 from mmray.score.plan import Plan
 from mmray.score.worker import SliceScorer, Stages
 from mmray.slices import Slice
 
 BUCKET, TABLE, OUTPUT = "s3://bucket", "table/rows.parquet", "out"
 ROWS_PER_SLICE = 2
+write_manifest = Manifest.to_parquet
 
 
 class Request(NamedTuple):
@@ -85,7 +86,9 @@ class Code:
     def __init__(self, slices: int = 2, patches: Sequence[Callable[[], Any]] = ()) -> None:
         self.table = table_bytes(slices)
         self.plans = tuple(make_plan(slices, self.table, k) for k in range(2))
+        self.changed = table_bytes(slices, first=100)
         self._patches, self._roots, self.nodes = patches, dict[Program, Node](), 0
+        self._left, self._asked, self._noise = iter(()), list[Request](), 0
 
     def start(self, program: Program) -> Node:
         """Returns where a process begins."""
@@ -104,26 +107,24 @@ class Code:
         return Node(self.nodes, program, answers, self._run(program, answers))
 
     def _run(self, program: Program, answers: tuple[Any, ...]) -> Request | Ended:
-        left, asked = iter(answers), list[Request]()
-
-        def ask(request: Request) -> Any:
-            if not asked:
-                for answer in left:
-                    if isinstance(answer, Raise):
-                        raise error_of(answer, request)
-                    return answer
-            asked.append(request)  # also where the code cleans up behind itself: a process that stands still does not
-            raise Pause
-
+        self._left, self._asked, self._noise = iter(answers), list[Request](), program.noise
         ended = Ended()
-        with self._patched(ask, program):
-            try:
-                ended = Ended(self._main(program))
-            except Pause:
-                pass
-            except Exception as error:
-                ended = Ended(error=error.with_traceback(None))
-        return asked[0] if asked else ended
+        try:
+            ended = Ended(self._main(program))
+        except Pause:
+            pass
+        except Exception as error:
+            ended = Ended(error=error.with_traceback(None))
+        return self._asked[0] if self._asked else ended
+
+    def _ask(self, request: Request) -> Any:
+        if not self._asked:
+            for answer in self._left:
+                if isinstance(answer, Raise):
+                    raise error_of(answer, request)
+                return answer
+        self._asked.append(request)  # also where the code cleans up behind itself: a process that stands still does not
+        raise Pause
 
     def _main(self, program: Program) -> Any:
         plan, output = self.plans[program.plan], f"{BUCKET}/{OUTPUT}"
@@ -134,23 +135,27 @@ class Code:
         return tuple({**row, "took_s": None}.items())  # time is no part of a state
 
     @contextmanager
-    def _patched(self, ask: Callable[[Request], Any], program: Program) -> Iterator[None]:
-        """Puts the search in the place of the bucket, of the cluster and of chance."""
+    def in_place(self) -> Iterator[None]:
+        """Puts the search in the place of the bucket, of the cluster and of chance, for the duration of a `with` block.
+
+        Only within it does a process go on.
+        """
 
         def placed(bundle: str, output: str, plan: Plan, todo: Sequence[Slice], *_: Any) -> Iterator[Receipt]:
-            ask(Request("place", data=tuple(piece.index for piece in todo)))
+            self._ask(Request("place", data=tuple(piece.index for piece in todo)))
             for _piece in todo:
-                yield receipt_from_row(dict(ask(Request("receive"))))
+                yield receipt_from_row(dict(self._ask(Request("receive"))))
 
         def process() -> str:
-            return f"another-machine {program.noise} 1 1"
+            return f"another-machine {self._noise} 1 1"
 
         with ExitStack() as stack:
             for patch in (
-                lambda: mock.patch.object(mmray.store, "_remote", lambda uri: Bucket(ask, uri)),
+                lambda: mock.patch.object(mmray.store, "_remote", lambda uri: Bucket(self._ask, uri)),
                 lambda: mock.patch.object(mmray.store, "CONFLICT_PAUSES_S", (0,)),
                 lambda: mock.patch.object(job, "_run", placed),
                 lambda: mock.patch.object(commit, "ThreadPoolExecutor", InTurn),
+                lambda: mock.patch.object(Manifest, "to_parquet", manifest_once),
                 lambda: mock.patch.object(attempts, "this_process", process),
                 lambda: mock.patch.object(attempts, "secrets", SimpleNamespace(token_hex=lambda size: "token")),
                 *self._patches,
@@ -246,6 +251,16 @@ class PlanOnce(Plan):
 
     def to_parquet(self) -> bytes:
         return self._file
+
+
+@cache
+def _manifest_of(rows: tuple[tuple[int, Any], ...]) -> bytes:
+    return write_manifest(Manifest(_rows=dict(rows)))
+
+
+def manifest_once(manifest: Manifest) -> bytes:
+    """Takes the place of `Manifest.to_parquet`, as `PlanOnce` does of a plan's."""
+    return _manifest_of(tuple(manifest._rows.items()))
 
 
 def table_bytes(slices: int, first: int = 0) -> bytes:

@@ -83,6 +83,10 @@ class Search:
 
     def exhaust(self, max_states: int = 10**7) -> Found:
         """Visits every state that can be reached, the nearest first."""
+        with self.code.in_place():
+            return self._exhaust(max_states)
+
+    def _exhaust(self, max_states: int) -> Found:
         start = self._world.begin(self._drivers, self._scenario.budget)
         found, queue = Found(), deque([(start, 0)])
         came: dict[object, tuple[object, str] | None] = {start.key(): None}
@@ -106,15 +110,16 @@ class Search:
     def sample(self, schedules: int, seed: int) -> Found:
         """Follows random schedules to their ends."""
         found = Found()
-        for number in range(seed, seed + schedules):
-            found.schedules += 1
-            trace = list[str]()
-            try:
-                found.transitions += self._follow(random.Random(number), trace)
-            except Violation as violation:
-                found.violation, found.trace = f"{violation} (seed {number})", tuple(trace)
-                return found
-            found.depth = max(found.depth, len(trace))
+        with self.code.in_place():
+            for number in range(seed, seed + schedules):
+                found.schedules += 1
+                trace = list[str]()
+                try:
+                    found.transitions += self._follow(random.Random(number), trace)
+                except Violation as violation:
+                    found.violation, found.trace = f"{violation} (seed {number})", tuple(trace)
+                    break
+                found.depth = max(found.depth, len(trace))
         return found
 
     def _follow(self, chance: random.Random, trace: list[str]) -> int:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mmray.score.commit import METADATA_KEY, part_key
 
-from .code import OUTPUT, TABLE, Code, Ended, Node, Program, Raise, table_bytes, tag_of
+from .code import OUTPUT, TABLE, Code, Ended, Node, Program, Raise, tag_of
 
 Objects = tuple[tuple[str, bytes], ...]
 """What is in the bucket, by key in sorted order."""
@@ -80,7 +80,6 @@ class World:
     def __init__(self, code: Code, on_change: Callable[[Objects, str], None], on_end: Callable[..., None]) -> None:
         """Takes whom to tell of changes of the bucket (with the key), and of ends of drivers (with state and node)."""
         self.code, self._on_change, self._on_end = code, on_change, on_end
-        self._changed = table_bytes(len(code.plans[0].slices), first=100)
 
     def begin(self, drivers: tuple[Program, ...], budget: Budget, objects: Objects | None = None) -> State:
         """Returns a state in which nothing has happened yet."""
@@ -99,7 +98,10 @@ class World:
         if left.changes:
             rest = state._replace(left=left._replace(changes=left.changes - 1))
             yield Move(
-                "the input changes", -1, lambda: rest._replace(objects=put(rest.objects, TABLE, self._changed)), True
+                "the input changes",
+                -1,
+                lambda: rest._replace(objects=put(rest.objects, TABLE, self.code.changed)),
+                True,
             )
         if left.strangers:
             for short in (False, True):
@@ -165,12 +167,11 @@ class World:
         if objects is not state.objects:
             self._on_change(objects, process.node.then.key)
         node = self.code.step(process.node, answer)
-        state = state._replace(objects=objects)
-        ended, driver = isinstance(node.then, Ended), node.program.slice is None
         moved = tuple(p._replace(node=node) if p.number == process.number else p for p in state.processes)
-        if not ended or process.parent is not None:
-            return state._replace(processes=moved)
-        if driver:
+        state = state._replace(objects=objects, processes=moved)
+        if not isinstance(node.then, Ended) or process.parent is not None:
+            return state
+        if node.program.slice is None:
             self._on_end(state, node)
         kept = [p for p in moved if p.number != process.number]
         return state._replace(processes=_orphaned(kept, {p.number for p in kept if p.parent == process.number}))
