@@ -42,6 +42,15 @@ def test_tokens_are_those_of_nltk_whatever_signs_stand_together(text: str, most:
     assert tokenize(text, TextConfig(max_tokens=most)) == expected
 
 
+# No signs, and yet some of them are two tokens.
+@pytest.mark.parametrize(
+    "word", ["cannot", "gimme", "gonna", "gotta", "lemme", "wanna", "dunno", "12345", "a1b2", "can"]
+)
+def test_tokens_of_a_word_without_signs_are_those_of_nltk(word: str) -> None:
+    for text in (word, f"{word} dog", f"a {word}", f"a {word}, a {word}."):
+        assert tokenize(text, CONFIG) == nltk.tokenize.word_tokenize(text, preserve_line=True)
+
+
 def test_the_first_tokens_of_a_long_text_are_those_of_the_whole() -> None:
     text = "It's a dog. It's a cat, isn't it? " * 100
     whole = nltk.tokenize.word_tokenize(text.lower(), preserve_line=True)

@@ -35,6 +35,8 @@ _MARKS = (
 )
 _CHARACTER = re.compile(f"([{_UNSPACED}][{_MARKS}]*)")
 
+_CONTRACTIONS = (*nltk.tokenize.NLTKWordTokenizer.CONTRACTIONS2, *nltk.tokenize.NLTKWordTokenizer.CONTRACTIONS3)
+_CONTRACTED = frozenset("".join(re.findall(r"\(([a-z']+)\)", rule.pattern)) for rule in _CONTRACTIONS)  # cannot, gimme
 _CLOSERS = "])}>\"'\u00bb\u201d\u2019"  # NLTK splits a full stop before them off, at the end of a text
 _BETWEEN = "X"  # no word of a text in lower case
 _remembered: dict[str, Sequence[str]] = {}
@@ -108,7 +110,7 @@ def _tokens_of(words: Iterable[str]) -> dict[str, Sequence[str]]:
 
     Most words come again, and NLTK would take a third of the time that a row takes.
     """
-    found = {word: _remembered.get(word, ()) for word in words}
+    found = {word: (word,) if _is_whole(word) else _remembered.get(word, ()) for word in words}
     new = [word for word, tokens in found.items() if not tokens]
     if new:
         tokens = iter(_split(f" {_BETWEEN} ".join(["", *new, ""]))[1:])
@@ -118,6 +120,11 @@ def _tokens_of(words: Iterable[str]) -> dict[str, Sequence[str]]:
         _remembered.update((word, its) for word, its in learned.items() if len(word) <= MAX_WORD_CHARS)
         found |= learned
     return found
+
+
+def _is_whole(word: str) -> bool:
+    """Whether NLTK leaves a word as it is: it has no signs, and is none of a few. Others may be, too."""
+    return word.isalnum() and word.isascii() and word not in _CONTRACTED
 
 
 def _split_end(words: str) -> tuple[str, ...]:
