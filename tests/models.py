@@ -1,6 +1,6 @@
 """Small models and tables that several tests use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from mmray.config_file import parse_config
 from mmray.model import FusionModel
 from mmray.options import ScoreConfig
 from mmray.preprocess.text import Vocabulary
-from mmray.score.commit import Manifest, Output
+from mmray.score.carry import Carry
+from mmray.score.commit import Manifest, Output, Receipt
 from mmray.score.ledger import Ledger
-from mmray.score.plan import describe, make_plan
+from mmray.score.plan import Plan, describe, make_plan
 from mmray.score.worker import SliceScorer
-from mmray.slices import open_table
+from mmray.slices import Slice, open_table
 from mmray.train.golden import golden_rows
 
 WORDS = ("red", "green", "blue", "square", "round", "a", "the")
@@ -116,3 +117,11 @@ def score_in_process(
         return Ledger()
     manifest = Manifest.of(target.receipts(plan.hash, plan.slices))
     return target.finalize(plan, manifest, options.max_error_rate)
+
+
+def one_scorer(
+    bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig, carry: Carry | None
+) -> Iterator[Receipt]:
+    """Takes the place of the processes that score (`mmray.score.job._run`) where a test is not of them."""
+    scorer = SliceScorer(bundle, output, plan.hash, plan.image_roots, options, carry=carry)
+    return map(scorer.score, todo)

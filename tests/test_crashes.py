@@ -6,7 +6,7 @@ The steps are counted, not listed: what the code comes to do more is covered the
 import errno
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,18 +18,16 @@ import pyarrow.dataset
 import pytest
 from faults import OneFault, serving
 from io_steps import WRITES, Steps, in_bucket, on_disk
-from models import colour_table, saved_bundle
+from models import colour_table, one_scorer, saved_bundle
 
 from mmray.bundle import load_bundle
 from mmray.errors import EnvironmentFaultError
 from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.score import job, worker
-from mmray.score.commit import PACE, Receipt
-from mmray.score.plan import Plan
+from mmray.score.commit import PACE
 from mmray.score.verify import verify_output
 from mmray.score.worker import SliceScorer
-from mmray.slices import Slice
 from mmray.source import ImageSource
 from mmray.store import TEMPORARY_SUFFIX, open_store
 
@@ -59,13 +57,7 @@ def predictor(given: tuple[str, str]) -> Predictor:
 def _without_a_cluster(monkeypatch: pytest.MonkeyPatch, predictor: Predictor) -> None:
     """One scorer in this process takes the cluster's place; rows that killed are another test's."""
 
-    def run(
-        bundle: str, output: str, plan: Plan, todo: Sequence[Slice], options: ScoreConfig, carry: Any
-    ) -> Iterator[Receipt]:
-        scorer = SliceScorer(bundle, output, plan.hash, plan.image_roots, options)
-        return map(scorer.score, todo)
-
-    monkeypatch.setattr(job, "_run", run)
+    monkeypatch.setattr(job, "_run", one_scorer)
     monkeypatch.setattr(worker, "load_bundle", lambda uri: predictor.bundle)
     monkeypatch.setattr(Predictor, "on_this_worker", lambda *given, **more: predictor)
     monkeypatch.setattr(SliceScorer, "_score_apart", SliceScorer._score_here)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from models import colour_table, saved_bundle
+from models import colour_table, one_scorer, saved_bundle
 
 from mmray.errors import ErrorBudgetError, GateError, TableError
 from mmray.histogram import stability_index
@@ -22,6 +22,7 @@ from mmray.schedule.lease import lease
 from mmray.schedule.published import read_published
 from mmray.schedule.settings import ScheduleConfig
 from mmray.schedule.tick import TickResult, tick
+from mmray.score import job
 from mmray.score.verify import verify_output
 from mmray.store import open_store
 
@@ -69,12 +70,19 @@ class Schedule:
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tick starts processes: one of the tests has those."""
+    monkeypatch.setattr(job, "_run", one_scorer)
+
+
+@pytest.fixture
 def schedule(rows: Path, bundles: list[str], tmp_path: Path) -> Schedule:
     return Schedule(rows, tmp_path, bundles[0])
 
 
-@pytest.mark.slow
-def test_each_tick_scores_what_is_new_and_publishes_the_whole(schedule: Schedule, bundles: list[str]) -> None:
+def test_each_tick_scores_what_is_new_and_publishes_the_whole(
+    quick: None, schedule: Schedule, bundles: list[str]
+) -> None:
     first = schedule.tick()
     assert (first.outcome, first.new_rows) == ("published", 30)
     assert schedule.tick().outcome == "nothing new"
@@ -112,8 +120,9 @@ def test_each_tick_scores_what_is_new_and_publishes_the_whole(schedule: Schedule
     ]
 
 
-@pytest.mark.slow
-def test_what_is_not_fit_is_not_published_and_what_was_stays(schedule: Schedule, bundles: list[str]) -> None:
+def test_what_is_not_fit_is_not_published_and_what_was_stays(
+    quick: None, schedule: Schedule, bundles: list[str]
+) -> None:
     with pytest.raises(GateError, match="30 rows are fewer than --min-rows 31"):
         schedule.tick(QUICK.model_copy(update={"min_rows": 31}))
     with pytest.raises(TableError, match="nothing is published"):
