@@ -11,7 +11,7 @@ import pytest
 
 # Two tests at a time, and all that they start, share two cores: a thread that waits for another must not hold one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-LONGEST = ("test_demo.py", "test_kill.py", "test_train.py", "test_serve.py", "test_cluster.py", "test_submit.py")
+LONGEST = ("test_train.py", "test_kill.py", "test_serve.py", "test_submit.py", "test_local.py", "test_nodes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
