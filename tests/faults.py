@@ -1,6 +1,7 @@
 """A store that has bad days: a proxy before a real one that refuses, breaks off, or does as told and says nothing."""
 
 import http.client
+import logging
 import random
 import threading
 from collections import Counter
@@ -106,6 +107,7 @@ def s3_on_loopback() -> Iterator[str]:
     from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for each request
     # Its part for S3 alone: the whole looks into a hundred folders at each request, to know which services there are.
     app = create_backend_app("s3")
     with serving(make_server("127.0.0.1", 0, app, threaded=True, request_handler=MotoRequestHandler)) as server:
