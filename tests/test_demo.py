@@ -1,4 +1,4 @@
-"""The quick start, as it is typed, but for a smaller model of smaller images, one worker and fewer epochs."""
+"""The quick start, as it is typed, but for a smaller model of smaller images and fewer epochs."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from processes import mmray
 
-SMALLER = ("train.epochs=7", "train.num_workers=1", "image.size=32", "model.image_encoder.channels=[16, 32, 64, 128]")
+SMALLER = ("train.epochs=7", "image.size=32", "model.image_encoder.channels=[16, 32, 64, 128]")
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_the_demo_does_what_it_says(tmp_path: Path) -> None:
     run = mmray("demo", "--dir", tmp_path / "demo", *(word for setting in SMALLER for word in ("--set", setting)))
