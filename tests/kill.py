@@ -90,7 +90,8 @@ class Alone:
 
     def __init__(self) -> None:
         self._token = secrets.token_hex(8)
-        self.environment = {**ALONE, "MMRAY_TEST": self._token}
+        store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        self.environment = {**ALONE, **store, "MMRAY_TEST": self._token}
 
     def actors(self) -> dict[int, Any]:
         """The processes that score, of commands in this environment."""
