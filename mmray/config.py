@@ -355,7 +355,7 @@ class TrainConfig(Section):
     cache_bytes: int = Field(default=4 * 2**30, ge=0)
     """Decoded training rows up to this size stay in memory; larger tables are decoded each epoch."""
     max_failures: int = Field(default=2, ge=0)
-    """Worker failures survived before the run stops."""
+    """Failures of workers on a cluster that are survived before the run stops."""
     checkpoint_minutes: float = Field(default=10.0, ge=0)
     """After so long an epoch is saved in its middle too, as it is when a node with a worker is about to go."""
     storage: str = "runs"

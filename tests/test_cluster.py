@@ -101,7 +101,7 @@ def test_every_odd_image_gets_a_status_and_nothing_is_said_on_the_terminal(
     assert mmray("verify", tmp_path / "out", "--level", "2").returncode == 0
 
 
-# In short, test_local.py stops a run, test_train.py a step on Ray, and test_kill.py kills.
+# In short, test_local.py stops a run, test_train.py a training (on Ray for long, too), and test_kill.py kills.
 @pytest.mark.long
 def test_a_driver_that_is_stopped_and_then_killed_resumes_with_the_same_command(
     rows: Path, bundle: str, tmp_path: Path

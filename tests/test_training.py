@@ -20,12 +20,15 @@ from mmray.options import ScoreConfig
 from mmray.predictor import Predictor
 from mmray.slices import open_table
 from mmray.source import ImageSource
+from mmray.train import place
 from mmray.train.augment import augment
 from mmray.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from mmray.train.data import open_tables
 from mmray.train.frozen import FrozenImages, feature_bytes, has_frozen_images
 from mmray.train.job import with_epochs
 from mmray.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from mmray.train.parallel import moments_of, restore, weights_of
+from mmray.train.place import runs_here
 from mmray.train.steps import TrainingLoss, to_tensors
 from mmray.train.task import with_task, with_two_labels
 
@@ -198,3 +201,27 @@ def test_a_pretrained_network_learns_at_a_share_of_the_rate_and_its_state_surviv
         set_learning_rate(one, config.train, step=51, num_steps=100)
         one.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_few_rows_are_trained_on_here_and_what_takes_more_on_a_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = str(colour_table(tmp_path, rows=40))
+
+    def here(**sections: Any) -> bool:
+        config = small_config(table={"train": rows}, **sections)
+        return runs_here(config, open_tables(config))
+
+    assert here()
+    assert here(train={"num_workers": [1, 1]})
+    assert not here(train={"num_workers": [1, 2]})
+    assert not here(train={"use_gpu": True})
+    assert not here(train={"cache_bytes": 40 * 100}), "they would be streamed"
+    assert not here(model={"image_encoder": FROZEN}, image={"size": 32})
+    monkeypatch.setattr(place, "FEW_ROWS", 39)
+    assert not here()
+    monkeypatch.undo()
+    for name, value in {"RAY_ADDRESS": "10.0.0.1:6379", "LOCAL_RANK": "0"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert not here(), name

@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="train, evaluate, score, verify and report on real data, in two minutes")
+    demo = commands.add_parser("demo", help="train, evaluate, score, verify and report on real data, in a few minutes")
     demo.add_argument("--dir", default="mmray-demo", help="folder to work in (default: %(default)s)")
     _add_set(demo)
     demo.set_defaults(run=_demo)
@@ -38,7 +38,7 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a model and print its bundle's URI",
         description="Train a model as a TOML file says, and print the URI of its bundle: on a cluster, unless none is "
-        "at hand, the rows are few, and one worker is asked for.",
+        "at hand, the rows are few (20,000), and one worker without a GPU is asked for.",
         epilog="Settings are sections and keys: [table] train, image_column, text_column, label_column; [task] kind; "
         "[model.fusion] kind; [train] epochs, num_workers. jobs/configs/ has ready files with comments; every key is "
         "described in mmray/config.py. A run that was interrupted continues with the same command.",

@@ -1,4 +1,4 @@
-"""Trains, evaluates, scores, verifies and reports on 2,000 and more real images, in two minutes on two cores.
+"""Trains, evaluates, scores, verifies and reports on 2,000 and more real images, in a few minutes on two cores.
 
 Reads `clipart.parquet` beside this file -> gives a folder to look around in; nothing is downloaded.
 """

@@ -118,7 +118,8 @@ def main() -> None:
     birth = Nursery(driver, requests).serve()
     if birth is not None:
         os.environ.update(birth.environment)
-        Path("/proc/self/comm").write_text(birth.module.rpartition(".")[2])  # what `top` shows
+        with suppress(OSError):  # it is for `top` alone
+            Path("/proc/self/comm").write_text(birth.module.rpartition(".")[2])
         forked(asking, birth.environment)
         RUNS[birth.module](birth.connection)
 

@@ -35,7 +35,7 @@ def distribute(loss: TrainingLoss, shard: bool) -> nn.Module:
         shard: whether a worker keeps only its part of the weights, and with them of the optimiser's state: an encoder
             is put together for as long as it computes.
     """
-    if not dist.is_initialized():  # in a process of its own, where Ray would take a GPU that nobody asked for
+    if not dist.is_initialized():  # nobody trains beside it, and Ray would take a GPU that nobody asked for
         return loss
     if shard and dist.get_world_size() > 1:
         return _sharded(loss)

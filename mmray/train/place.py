@@ -16,11 +16,12 @@ import ray
 import ray.data
 import ray.train
 import torch
+import torch.distributed as dist
 
 from mmray.cluster import MAX_RETRIES, RAY_ERRORS, cluster, environment, over_slices, unwrap
 from mmray.config import Config
 from mmray.errors import EnvironmentFaultError, MmrayError
-from mmray.machine import given_address, local_cpus
+from mmray.machine import available_memory, given_address, local_cpus
 from mmray.slices import slices_to_arrow
 from mmray.stop import RESUMES
 from mmray.train.data import Split, Tables, Work, row_bytes
@@ -57,11 +58,15 @@ class Place(Protocol):
 
 
 def runs_here(config: Config, tables: Tables) -> bool:
-    """Whether a run does without a cluster: one worker on a CPU, few rows that fit in memory, none at hand."""
+    """Whether a run does without a cluster: one worker on a CPU, few rows that fit in memory, none at hand.
+
+    A process that belongs to a group of torch's own, as `torchrun` starts them, leaves the work to a cluster.
+    """
     rows = sum(table.num_rows for table in (tables.train, tables.validation) if table)
     alone = config.train.max_workers == 1 and not config.train.use_gpu and not has_frozen_images(config)
-    fits = rows <= FEW_ROWS and rows * row_bytes(config, 0) <= config.train.cache_bytes
-    return alone and fits and given_address() is None and not ray.is_initialized()
+    fits = rows <= FEW_ROWS and rows * row_bytes(config, 0) <= min(config.train.cache_bytes, available_memory() // 3)
+    in_group = dist.is_initialized() or "LOCAL_RANK" in os.environ
+    return alone and fits and given_address() is None and not ray.is_initialized() and not in_group
 
 
 @contextmanager
@@ -107,6 +112,7 @@ class Here:
         """See `Place`."""
         assert streamed is None, "few rows fit in memory"
         threads, log = torch.get_num_threads(), logging.getLogger("ray.train.v2.api.config")
+        level = log.level
         log.setLevel(logging.WARNING)  # it asks to report trouble with this mode
         try:
             with torch.random.fork_rng(devices=[]):
@@ -114,6 +120,7 @@ class Here:
                 show = shown(on_epoch)
                 ray.train.torch.TorchTrainer(lambda: train_worker(settings, show), scaling_config=scaling).fit()
         finally:
+            log.setLevel(level)
             torch.set_num_threads(threads)
 
     def _each(self, work: Work) -> Iterator[Any]:

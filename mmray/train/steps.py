@@ -149,7 +149,7 @@ def to_tensors(
     batch: Batch, config: Config, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Returns arrays, presence masks and targets of a batch on a device."""
-    # The blocks are read-only views of shared memory; `take` made these arrays the worker's own.
+    # The blocks may be read-only views of shared memory; `take` made these arrays the worker's own.
     arrays = {name: array for name, array in batch.items() if name not in ("file", "row")}
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
     targets = tensors.pop("target")

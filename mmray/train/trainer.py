@@ -16,6 +16,7 @@ import ray.train.torch
 from ray.experimental import internal_kv
 
 from mmray.cluster import is_alone
+from mmray.errors import EnvironmentFaultError
 from mmray.machine import given_address
 
 OnStart = Callable[[int, int], None]
@@ -82,6 +83,8 @@ def shown(on_epoch: OnEpoch) -> OnEpoch:
     def show(entry: dict[str, Any]) -> None:
         try:
             on_epoch(entry)
+        except EnvironmentFaultError:  # SIGTERM, in the main thread
+            raise
         except Exception as error:
             _log.warning("an epoch could not be shown: %r", error)
 
