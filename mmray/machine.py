@@ -1,6 +1,7 @@
 """What this machine gives the processes of a step: CPUs, memory that stays with who had it, a cluster to connect to."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,11 @@ clears it page by page when the next tensor asks: up to half of a forward pass. 
 def given_address() -> str | None:
     """Returns the address of the Ray cluster to connect to, or None where a local one would start."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def cluster_at_hand() -> bool:
+    """Whether there is a Ray cluster to work on without starting one: given, or connected to already."""
+    return given_address() is not None or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
 
 
 def missing_gpus(asked: float, there: float) -> ConfigError:

@@ -9,7 +9,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, listening, serving
+from processes import listening, mmray, serving
 from ray import serve
 from test_endpoint import encoded, spoiled
 
@@ -273,8 +272,7 @@ def await_metric(url: str, pattern: str) -> None:
 
 @pytest.mark.long
 def test_parity_of_every_path_is_shown_by_one_command(bundles: list[str], rows: Path) -> None:
-    command = [sys.executable, "-m", "mmray.cli", "parity", bundles[0], str(rows), "--rows", "100"]
-    run = subprocess.run(command, capture_output=True, text=True, env=ALONE, check=False)
+    run = mmray("parity", bundles[0], rows, "--rows", 100)
     assert run.returncode == 0, run.stderr
     paths = [line.partition("  ")[0] for line in run.stdout.splitlines()]
     assert [path.split()[0] for path in paths] == ["mmray", "mmray", "mmray", "HTTP,"]

@@ -6,7 +6,6 @@ that kills is named, as on a cluster.
 
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -20,7 +19,7 @@ from subprocess import Popen, TimeoutExpired
 from typing import IO, Any
 
 from mmray.errors import EnvironmentFaultError, MmrayError, named
-from mmray.machine import KEEP_MEMORY, given_address, local_cpus, missing_gpus
+from mmray.machine import KEEP_MEMORY, cluster_at_hand, local_cpus, missing_gpus
 from mmray.options import CALLS_PER_PROCESS, ScoreConfig
 from mmray.score.carry import Carry
 from mmray.score.commit import Receipt
@@ -39,8 +38,7 @@ def scores_here(slices: Sequence[Slice], options: ScoreConfig) -> bool:
     """Whether slices are scored without Ray: as asked, or else where they are few and no cluster is at hand."""
     if options.local is not None:
         return options.local
-    at_hand = given_address() is not None or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
-    return not (at_hand or options.needs_cluster) and sum(piece.num_rows for piece in slices) <= MAX_ROWS
+    return not (cluster_at_hand() or options.needs_cluster) and sum(piece.num_rows for piece in slices) <= MAX_ROWS
 
 
 def places(options: ScoreConfig) -> list[dict[str, str]]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ray
 import ray.data
 import ray.train
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from mmray.cluster import MAX_RETRIES, RAY_ERRORS, cluster, environment, over_slices, unwrap
 from mmray.config import Config
 from mmray.errors import EnvironmentFaultError, MmrayError
-from mmray.machine import available_memory, given_address, local_cpus
+from mmray.machine import available_memory, cluster_at_hand, local_cpus
 from mmray.slices import slices_to_arrow
 from mmray.stop import RESUMES
 from mmray.train.data import Split, Tables, Work, row_bytes
@@ -66,7 +65,7 @@ def runs_here(config: Config, tables: Tables) -> bool:
     alone = config.train.max_workers == 1 and not config.train.use_gpu and not has_frozen_images(config)
     fits = rows <= FEW_ROWS and rows * row_bytes(config, 0) <= min(config.train.cache_bytes, available_memory() // 3)
     in_group = dist.is_initialized() or "LOCAL_RANK" in os.environ
-    return alone and fits and given_address() is None and not ray.is_initialized() and not in_group
+    return alone and fits and not cluster_at_hand() and not in_group
 
 
 @contextmanager
