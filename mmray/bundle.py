@@ -12,7 +12,6 @@ those of the digest. Loading verifies every digest, and opens no other file.
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
@@ -29,6 +27,7 @@ from mmray.bundle_info import FORMAT_VERSION, read_info, sealed
 from mmray.config import Config
 from mmray.errors import BundleError, ConfigError
 from mmray.model import FusionModel
+from mmray.parquet import from_parquet, to_parquet
 from mmray.preprocess import Preprocessor
 from mmray.preprocess.text import Vocabulary
 from mmray.store import open_store
@@ -102,9 +101,7 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
     if bundle.vocabulary:
         files["vocabulary.json"] = bundle.vocabulary.to_json().encode()
     if bundle.golden is not None:
-        buffer = io.BytesIO()
-        pq.write_table(bundle.golden, buffer)
-        files["golden.parquet"] = buffer.getvalue()
+        files["golden.parquet"] = to_parquet(bundle.golden)
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": bundle.fingerprint,
@@ -136,7 +133,7 @@ def load_bundle(uri: str) -> Bundle:
             labels=info.labels,
             vocabulary=Vocabulary.from_json(files["vocabulary.json"].decode()) if "vocabulary.json" in files else None,
             weights=safetensors.torch.load(files["weights.safetensors"]),
-            golden=pq.read_table(pa.BufferReader(files["golden.parquet"])) if "golden.parquet" in files else None,
+            golden=from_parquet(files["golden.parquet"]) if "golden.parquet" in files else None,
             metrics=info.metrics,
             score_range=info.score_range,
         )

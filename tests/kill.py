@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -37,6 +36,7 @@ from models import colour_table, saved_bundle, score_in_process
 from processes import ALONE, COMMAND, NODE, wait_for
 
 from mmray.options import ScoreConfig
+from mmray.parquet import from_parquet
 from mmray.score.verify import verify_output
 from mmray.store import open_store
 
@@ -368,7 +368,7 @@ def scored_rows(output: str) -> Iterator[tuple[int, str]]:
     """Yields the number of each row of an output, and all that stands in it."""
     store = open_store(output)
     for key in store.list("data"):
-        for row in pq.read_table(BytesIO(store.read(key))).to_pylist():
+        for row in from_parquet(store.read(key)).to_pylist():
             yield row["id"], repr(row)
 
 

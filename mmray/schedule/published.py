@@ -7,16 +7,15 @@
 A reader takes the highest number, and has a complete table. Two writers of one number: the store lets one of them win.
 """
 
-import io
 import json
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmray.errors import TableError
+from mmray.parquet import from_parquet, to_parquet
 from mmray.score.commit import METADATA_KEY
 from mmray.score.ledger import Ledger
 from mmray.store import Entry, Store, open_store
@@ -78,15 +77,13 @@ class Published:
         """Returns it as a parquet file."""
         header = {key: value for key, value in vars(self).items() if key != "parts"}
         rows = [{**asdict(part), "ledger": json.dumps(part.ledger.to_dict())} for part in self.parts]
-        table = pa.Table.from_pylist(rows).replace_schema_metadata({METADATA_KEY: json.dumps(header).encode()})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        return buffer.getvalue()
+        metadata = {METADATA_KEY: json.dumps(header).encode()}
+        return to_parquet(pa.Table.from_pylist(rows).replace_schema_metadata(metadata))
 
     @classmethod
     def from_parquet(cls, data: bytes) -> "Published":
         """Reads what `to_parquet` wrote."""
-        table = pq.read_table(io.BytesIO(data))
+        table = from_parquet(data)
         rows = [{**row, "ledger": Ledger.from_dict(json.loads(row["ledger"]))} for row in table.to_pylist()]
         header = json.loads(table.schema.metadata[METADATA_KEY])
         header["inputs"] = {uri: Entry(*entry) for uri, entry in header["inputs"].items()}

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import EnvironmentFaultError, ErrorBudgetError, OutputConflictError
+from mmray.parquet import to_parquet
 from mmray.score.ledger import Ledger
 from mmray.score.plan import Plan
 from mmray.slices import Slice
@@ -112,9 +113,7 @@ class Manifest:
         slices = self.slices
         keys, sizes, rows, ledgers = zip(*(self._rows[k] for k in slices), strict=True)
         columns = {"slice": slices, "key": keys, "size": sizes, "rows": rows, "ledger": ledgers}
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
-        return buffer.getvalue()
+        return to_parquet(pa.table(columns))
 
 
 def note_of(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -200,11 +199,11 @@ class Output:
         assert scored.num_rows == piece.num_rows == ledger.rows, "n rows in = n rows out"
         note = {"plan_hash": plan_hash, "slice": piece.index, "ledger": ledger.to_dict(), **provenance}
         metadata = {**(scored.schema.metadata or {}), METADATA_KEY: json.dumps(note).encode()}
-        buffer = io.BytesIO()
-        pq.write_table(scored.replace_schema_metadata(metadata), buffer, compression="zstd", write_page_checksum=True)
+        noted = scored.replace_schema_metadata(metadata)
+        data = to_parquet(noted, compression="zstd", write_page_checksum=True)
         key = part_key(plan_hash, piece.index)
-        if self.store.create(key, buffer.getvalue()):
-            return Receipt(piece.index, key, buffer.tell(), ledger, created=True)
+        if self.store.create(key, data):
+            return Receipt(piece.index, key, len(data), ledger, created=True)
         return self.receipt(plan_hash, piece)
 
     def receipt(self, plan_hash: str, piece: Slice) -> Receipt:

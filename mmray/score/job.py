@@ -57,7 +57,9 @@ class ScoreResult:
         store = open_store(self.output)
         files = (store.open(key) for key in store.list("data"))
         try:
-            return pa.concat_tables([pq.read_table(f, columns=columns) for f in files], promote_options="permissive")
+            # In one thread; see `mmray.parquet.from_parquet`, which would read a column that is not there as none.
+            tables = [pq.read_table(file, columns=columns, use_threads=False) for file in files]
+            return pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise TableError(f"cannot read {self.output}/data as one table: {error}; read its files apart") from error
 

@@ -5,18 +5,17 @@ the same plan; anything that would change a number or a row gives another, and a
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmray import __version__
 from mmray.bundle_info import BundleInfo, read_info
 from mmray.options import COLUMNS, ScoreConfig, column_of
+from mmray.parquet import to_parquet
 from mmray.slices import Slice, cut, open_table, slices_to_arrow
 from mmray.store import open_store
 from mmray.table import SCHEMA_VERSION, output_fields, refuse_collisions, require_types
@@ -48,9 +47,7 @@ class Plan:
 
     def to_parquet(self) -> bytes:
         """Returns the slices as a parquet file."""
-        buffer = io.BytesIO()
-        pq.write_table(slices_to_arrow(self.slices), buffer)
-        return buffer.getvalue()
+        return to_parquet(slices_to_arrow(self.slices))
 
 
 def make_plan(bundle_uri: str, table_uri: str, options: ScoreConfig, only: Collection[str] | None = None) -> Plan:

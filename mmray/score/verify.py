@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmray.errors import MmrayError, VerifyError
+from mmray.parquet import from_parquet
 from mmray.score.commit import Output, part_key
 from mmray.score.ledger import Ledger
 from mmray.slices import Slice, read_slice, slices_from_arrow
@@ -128,7 +129,7 @@ def _collect(report: VerifyReport, check: str, found: Iterable[str]) -> None:
 
 def _plan_slices(target: Output, plan_hash: str) -> list[Slice]:
     data = target.store.read(f"_mmray/plan-{plan_hash[:8]}.parquet")
-    return slices_from_arrow(pq.read_table(pa.BufferReader(data)))
+    return slices_from_arrow(from_parquet(data))
 
 
 def _check_manifest(target: Output, success: dict[str, object], slices: list[Slice]) -> Iterator[str]:
@@ -137,7 +138,7 @@ def _check_manifest(target: Output, success: dict[str, object], slices: list[Sli
     if hashlib.sha256(data).hexdigest() != digest:
         yield "the manifest does not have the sha256 that _SUCCESS gives"
         return
-    manifest = pq.read_table(pa.BufferReader(data)).to_pylist()
+    manifest = from_parquet(data).to_pylist()
     listed, there = {row["key"]: row["size"] for row in manifest}, target.store.list("data")
     yield from _few("files missing", [key for key in listed if key not in there])
     yield from _few("files not in the manifest", [key for key in there if key not in listed])
