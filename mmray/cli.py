@@ -24,13 +24,18 @@ PATHS = {"BUNDLE", "INPUT", "OUTPUT", "TABLE", "ROOT", "DIR", "FILE", "CONFIG.to
 
 def run() -> None:
     """Is the `mmray` command: `main` in a process of its own."""
-    _keep_stderr_for_python()
+    _keep_the_terminal()
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
 
 
-def _keep_stderr_for_python() -> None:
-    """Leaves the terminal to our own messages: Ray's core and image decoders write to descriptor 2 behind our back."""
+def _keep_the_terminal() -> None:
+    """Leaves it to our own messages.
+
+    Ray's core and image decoders write to descriptor 2 behind our back, and Ray's driver prints on stdout what nodes
+    report of processes that ended, whatever `log_to_driver` says.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^")  # every line; Ray reads it when it is imported
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     faulthandler.enable(sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -342,6 +342,7 @@ class Job:
             self._begin()
             return False
         assert self._run.exits[-1] == 0, self._said()
+        assert "(raylet" not in self._said(), "others say something in its place"
         return True
 
     def _said(self) -> str:
