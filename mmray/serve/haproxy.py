@@ -7,12 +7,13 @@ close, so the program that Ray starts is a script of ours: it edits the configur
 
 import math
 import os
+import secrets
 import shlex
 import shutil
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,7 @@ from mmray.serve.schema import RETRY_AFTER_S, Problem
 from mmray.serve.settings import ServeConfig
 
 INSIDE = "127.0.0.1"  # where the replicas listen
+PORTS = range(20_000, 30_000)  # between those of Ray's workers and replicas; Linux connects from 32768 and above
 MIN_SILENCE_S = 30
 DRAIN_S = 3  # a replica that ends still takes requests for as long: the reload of HAProxy comes a moment later
 # Ray acts on these, and fails on some values; a client has no business with them.
@@ -88,10 +90,16 @@ def _variables(folder: Path, settings: ServeConfig) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Returns a port of loopback that nobody listens on."""
-    with socket.socket() as free:
-        free.bind((INSIDE, 0))
-        return int(free.getsockname()[1])
+    """Returns a port of loopback that nobody listens on, and that no connection from here will take.
+
+    Raises:
+        EnvironmentFaultError: there is none.
+    """
+    for port in secrets.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.socket() as free:
+            free.bind((INSIDE, port))
+            return port
+    raise EnvironmentFaultError(f"every port from {PORTS[0]} to {PORTS[-1]} is in use; end what listens there")
 
 
 def _write_program(folder: Path, settings: ServeConfig) -> None:
