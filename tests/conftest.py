@@ -11,7 +11,8 @@ import pytest
 
 # Two tests at a time, and all that they start, share two cores: a thread that waits for another must not hold one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-LONGEST = ("test_train.py", "test_kill.py", "test_serve.py", "test_submit.py", "test_local.py", "test_nodes.py")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # as `cluster.py` has it, also where a test starts the nodes
+LONGEST = ("test_kill.py", "test_train.py", "test_nodes.py", "test_submit.py", "test_serve.py", "test_local.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 # A process of its own starts a cluster of its own: nothing of one in this process is handed down.
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+ALONE |= {"RAY_USAGE_STATS_ENABLED": "0"}  # and nobody is told of it
 COMMAND = [sys.executable, "-m", "mmray.cli"]
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
 NODE |= {"include_log_monitor": False, "no_monitor": True}

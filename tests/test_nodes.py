@@ -1,9 +1,12 @@
-"""Scoring on a cluster of three nodes: who prepares rows, on which nodes, how many processes; a node that is lost."""
+"""Scoring on a cluster of three nodes: as one process does, by whom and where, what is measured, a lost node."""
 
+import dataclasses
 import json
 import os
 import re
 import secrets
+import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -15,16 +18,18 @@ import pyarrow.parquet
 import pytest
 import ray
 from models import score_in_process
-from processes import NODE, wait_for
+from processes import ALONE, NODE, wait_for
 from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
 from ray.cluster_utils import Cluster
 
+from mmray.bundle import load_bundle, save_bundle
 from mmray.cluster import cluster
-from mmray.errors import ConfigError
+from mmray.errors import BundleError, ConfigError
 from mmray.options import ScoreConfig
 from mmray.placement import place
 from mmray.schedule.lease import lease
 from mmray.schedule.meters import beat
+from mmray.score.commit import Receipt
 from mmray.score.foreman import Foreman
 from mmray.score.job import score_table
 from mmray.score.verify import verify_output
@@ -91,6 +96,43 @@ def scored(output: Path) -> list[dict[str, Any]]:
     return found
 
 
+def test_scoring_on_a_cluster_gives_what_one_process_gives(
+    nodes: Nodes, rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    options = ScoreConfig(precision="fp32", slice_rows=30, num_actors=2)
+    seen: list[int] = []
+    stages = set[str]()
+    environments: list[bytes] = []
+
+    def look(receipt: Receipt) -> None:
+        stages.update(receipt.seconds)
+        seen.append(receipt.ledger.rows)
+        actors = [pid for pid in Path("/proc").glob("[0-9]*") if b"Placed" in read(pid / "cmdline")]
+        environments.extend(read(actor / "environ") for actor in actors)
+
+    result = score_table(bundle, str(rows), str(tmp_path / "out"), options, on_slice=look)
+    assert any(b"MALLOC_ARENA_MAX=1" in environment for environment in environments), "see test_allocator.py"
+    assert result.scored_slices == result.num_slices == len(seen) == 10
+    assert sum(seen) == result.ledger.rows == 240
+    assert stages == {"read", "prepare", "forward", "commit"}
+    assert verify_output(str(tmp_path / "out"), 2).passed
+    score_in_process(bundle, str(rows), str(tmp_path / "alone"), options)
+    tables = [
+        pyarrow.dataset.dataset(str(tmp_path / name / "data")).to_table().sort_by("id") for name in ("out", "alone")
+    ]
+    assert tables[0].equals(tables[1])
+
+
+def test_a_bundle_that_this_machine_cannot_reproduce_stops_the_run_with_its_own_words(
+    nodes: Nodes, rows: Path, bundle: str, tmp_path: Path
+) -> None:
+    loaded = load_bundle(bundle)
+    weights = {**loaded.weights, "head._linear.weight": loaded.weights["head._linear.weight"].flip(0).contiguous()}
+    save_bundle(dataclasses.replace(loaded, weights=weights), str(tmp_path / "other"))
+    with pytest.raises(BundleError, match="golden rows come out"):
+        score_table(str(tmp_path / "other"), str(rows), str(tmp_path / "out"))
+
+
 def test_rows_prepared_by_tasks_of_other_nodes_get_the_scores_of_one_process(
     nodes: Nodes, rows: Path, bundle: str, tmp_path: Path
 ) -> None:
@@ -133,6 +175,8 @@ def test_a_process_whose_receipt_does_not_arrive_is_replaced_and_one_whose_does_
     assert list(foreman._stuck()) == [], "once is enough"
 
 
+# In short, test_kill.py kills a node, in whose place another comes.
+@pytest.mark.long
 def test_a_node_that_is_lost_for_good_costs_only_time(nodes: Nodes, rows: Path, bundle: str, tmp_path: Path) -> None:
     output, labels = tmp_path / "out", {"purpose": "other"}
     doomed, lost = nodes.cluster.add_node(num_cpus=1, labels=labels, **NODE), list[int]()
@@ -192,3 +236,45 @@ def test_gpus_that_outrun_their_own_cpus_are_fed_by_the_others(nodes: Nodes) -> 
         assert (own.max_actors, own.num_cpus, own.options.decode_threads) == (2, 1, 1)
     finally:
         nodes.cluster.remove_node(gpus)
+
+
+INTERRUPTED = """
+import threading, time
+import ray, ray.data
+from mmray.cluster import READER, cluster
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name == READER]
+
+class Slow:
+    def __call__(self, rows):
+        time.sleep(0.2)
+        return rows
+
+end, left = ray.shutdown, []
+ray.shutdown = lambda: (left.extend(readers()), end())
+try:
+    with cluster():
+        rows = ray.data.range(32, override_num_blocks=32)
+        rows = rows.map_batches(Slow, batch_size=1, compute=ray.data.ActorPoolStrategy(size=2))
+        for row in rows.iter_rows():
+            assert readers(), "Ray Data reads ahead in threads of another name; see mmray.cluster.READER"
+            raise KeyboardInterrupt
+except KeyboardInterrupt:
+    assert not left, left
+"""
+
+
+def test_nothing_reads_on_when_an_interrupted_step_leaves_its_cluster(nodes: Nodes) -> None:
+    # It would end the process, with exit code 1 and without a word.
+    there = {name: value for name, value in os.environ.items() if name.startswith(("RAY_ADDRESS", "RAY_AUTH"))}
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, env={**ALONE, **there})
+    assert run.returncode == 0, run.stderr
+
+
+def read(path: Path) -> bytes:
+    """What a process's file says, nothing where it has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -1,9 +1,8 @@
-"""The endpoint's page in a real browser, on a running Serve: one item, a table, a token, a phone, a keyboard."""
+"""The endpoint's page in a real browser: an item, a table, a token, a phone, a keyboard; test_serve.py: by Serve."""
 
 import csv
 import json
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from processes import listening, serving
-from processes import wait_for as until
 from pydantic import SecretStr
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -23,11 +20,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 from test_endpoint import encoded
 
 from mmray.serve.api import build_api
-from mmray.serve.haproxy import free_port
 from mmray.serve.scorer import ItemScorer
 from mmray.serve.settings import ServeConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 
 def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:
@@ -42,21 +38,13 @@ def running(scorer: ItemScorer, settings: ServeConfig) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def command(bundle: str) -> Iterator[subprocess.Popen[str]]:
-    with serving(bundle, "--port", free_port(), "--max-items", 8) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def site(command: subprocess.Popen[str]) -> str:
-    assert command.stdout is not None
-    ready = command.stdout.readline()
-    return ready.removeprefix("ready at ").partition(";")[0]
+def site(bundle: str) -> Iterator[str]:
+    settings = ServeConfig(max_items=8)
+    yield from running(ItemScorer(bundle, settings), settings)
 
 
 @pytest.fixture(scope="module")
 def closed_site(bundle: str) -> Iterator[str]:
-    """The same with a token: the app alone, for one Serve at a time is enough."""
     settings = ServeConfig(token=SecretStr("hush"))
     yield from running(ItemScorer(bundle, settings), settings)
 
@@ -186,10 +174,3 @@ def test_the_page_needs_no_mouse_and_fits_a_phone(site: str, browser: webdriver.
     find(browser, "#text").send_keys("red")
     find(browser, "#item button[type=submit]").send_keys(Keys.ENTER)
     wait_for(browser, lambda b: find(b, "#result").is_displayed())
-
-
-def test_a_command_that_is_killed_leaves_nobody_on_its_port(command: subprocess.Popen[str], site: str) -> None:
-    address = "127.0.0.1", int(site.rpartition(":")[2])
-    assert address in listening()
-    command.kill()
-    until(lambda: address not in listening())

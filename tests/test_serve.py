@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,14 +22,14 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from models import colour_table, saved_bundle, score_in_process
-from processes import listening, mmray, serving
+from processes import listening, mmray, serving, wait_for
 from ray import serve
 from test_endpoint import encoded, spoiled
 
 from mmray.bundle import load_bundle
 from mmray.options import ScoreConfig
 from mmray.serve.app import NAME, application, endpoint
-from mmray.serve.haproxy import free_port
+from mmray.serve.haproxy import free_port, haproxy
 from mmray.serve.settings import ServeConfig
 
 pytestmark = pytest.mark.ray
@@ -238,6 +239,36 @@ def pids(words: str) -> set[int]:
     return {int(pid) for pid, _, command in found if int(pid) in family and words in command}
 
 
+PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).wait())"
+
+
+def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
+    """As where the command is killed, and no part of Ray is left to end it."""
+    address = "127.0.0.1", free_port()
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        f"defaults\n    mode http\n    timeout client 9s\nfrontend x\n    bind {address[0]}:{address[1]}\n"
+    )
+    with haproxy(ServeConfig(port=free_port())) as folder:
+        command = [sys.executable, "-c", PARENT, f"{folder}/haproxy", "-db", "-f", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+            wait_for(lambda: address in listening() or parent.poll() is not None)
+            assert address in listening()
+            parent.kill()
+        wait_for(lambda: address not in listening())
+
+
+@pytest.mark.long
+def test_a_command_that_is_killed_leaves_nobody_on_its_port(bundles: list[str]) -> None:
+    address = "127.0.0.1", free_port()
+    with serving(bundles[0], "--port", address[1]) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("ready")
+        assert address in listening()
+        run.kill()
+        wait_for(lambda: address not in listening())
+
+
 def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
     bundles: list[str], certificate: tuple[str, str]
 ) -> None:
@@ -249,6 +280,7 @@ def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
         ready = run.stdout.readline()
         assert ready.startswith(f"ready at {url}; metrics for Prometheus at http://")
         with httpx.Client(base_url=url, verify=trust) as client:
+            assert "<title>" in client.get("/").raise_for_status().text, "the page, of which test_page.py is"
             assert client.post("/v1/score", json={"text": "red"}).status_code == 401
             client.headers["Authorization"] = "Bearer hush"
             assert client.post("/v1/score", json={"items": [{"text": "red"}] * 3}).status_code == 200

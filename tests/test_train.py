@@ -39,13 +39,12 @@ MULTILABEL: dict[str, Any] = {
     "table": {"label_column": "both"},
     "task": {"kind": "multilabel"},
     "model": {"text_encoder": {"kind": "gru", "hidden_dim": 8}, "fusion": {"kind": "concat"}},
-    "train": {"num_workers": 2, "accumulation": 2, "shard": True},
+    "train": {"accumulation": 2},
 }
 REGRESSION: dict[str, Any] = {
     "table": {"label_column": "value"},
     "task": {"kind": "regression", "loss": "mse", "beta": 2.0},
     "model": {"text_encoder": {"kind": "rnn", "hidden_dim": 8}, "fusion": {"kind": "conv"}},
-    "train": {"cache_bytes": 0, "num_workers": [1, 2]},
 }
 # Trained until they are interrupted: with chance in every place that has some.
 BINARY: dict[str, Any] = {
@@ -115,6 +114,24 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     check_it_ends_the_same(saved_often, rows, tmp_path / "in", IN_THE_FOURTH)
 
 
+def test_a_number_is_learned_and_what_was_learned_scores(rows: Path, tmp_path: Path) -> None:
+    check_it_learned(train_model(run_config(rows, tmp_path, "run", **REGRESSION)), rows, tmp_path)
+
+
+def check_it_learned(run: TrainResult, rows: Path, folder: Path) -> None:
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
+    bundle = load_bundle(run.bundle)
+    assert bundle.golden is not None
+    assert bundle.golden.num_rows == 10
+    assert bundle.metrics["train_rows"] + bundle.metrics["validation_rows"] == 240
+    assert bundle.metrics["inputs"]["rows"] == 240
+    assert bundle.metrics["inputs"]["absent"] == {"image": 0, "text": 0}
+    assert bundle.metrics["unlabelled_rows"] == bundle.metrics["unlabelled_validation_rows"] == 0
+    ledger = score_in_process(run.bundle, str(rows), str(folder / "out"), ScoreConfig(probabilities=True))
+    assert ledger.statuses == {"ok": 240}
+    assert verify_output(str(folder / "out"), 2).passed
+
+
 def test_a_model_learns_what_there_is_to_learn_and_each_modality_is_measured_and_compared_once(
     rows: Path, tmp_path: Path
 ) -> None:
@@ -177,44 +194,27 @@ def test_a_cluster_measures_what_one_process_does(whole: TrainResult, ray_cluste
     assert there.rows == here.rows == len(there.image_weight) == 240
 
 
-def test_a_table_that_does_not_fit_in_memory_is_streamed_and_what_it_teaches_scores(
-    ray_cluster: None, rows: Path, tmp_path: Path
-) -> None:
-    seen: list[dict[str, Any]] = []
-    result = train_model(run_config(rows, tmp_path, "streamed", **REGRESSION), on_epoch=seen.append)
-    assert [entry["epoch"] for entry in result.history] == [1, 2, 3]
-    assert seen == result.history
-    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
-    loaded = load_bundle(result.bundle)
-    assert loaded.golden is not None
-    assert loaded.golden.num_rows == 10
-    assert loaded.metrics["train_rows"] + loaded.metrics["validation_rows"] == 240
-    assert loaded.metrics["inputs"]["rows"] == 240
-    assert loaded.metrics["inputs"]["absent"] == {"image": 0, "text": 0}
-    assert loaded.metrics["unlabelled_rows"] == loaded.metrics["unlabelled_validation_rows"] == 0
-    assert_it_scores(result.bundle, rows, tmp_path)
-
-
-def assert_it_scores(bundle: str, rows: Path, tmp_path: Path) -> None:
-    ledger = score_in_process(bundle, str(rows), str(tmp_path / "out"), ScoreConfig(probabilities=True))
-    assert ledger.statuses == {"ok": 240}
-    assert verify_output(str(tmp_path / "out"), 2).passed
-
-
+@pytest.mark.parametrize("cache_bytes", [0, pytest.param(2**30, marks=pytest.mark.long)])
 def test_workers_with_copies_take_the_next_epoch_of_workers_that_share_the_weights(
-    ray_cluster: None, rows: Path, tmp_path: Path
+    ray_cluster: None, rows: Path, tmp_path: Path, cache_bytes: int
 ) -> None:
-    whole = train_model(run_config(rows, tmp_path, "run", **MULTILABEL))
+    """Of a table that does not fit in memory and is streamed; for long, of one that fits, too."""
+    own = {**MULTILABEL["train"], "cache_bytes": cache_bytes}
+    seen: list[dict[str, Any]] = []
+    config = run_config(rows, tmp_path, "run", **{**MULTILABEL, "train": {**own, "num_workers": [1, 2], "shard": True}})
+    whole = train_model(config, on_epoch=seen.append)
+    assert [entry["epoch"] for entry in whole.history] == [1, 2, 3]
+    assert seen == whole.history
+    check_it_learned(whole, rows, tmp_path / "shared")
     for lost in [*(tmp_path / "run" / "bundle").iterdir(), tmp_path / "run/checkpoints/epoch-000003.safetensors"]:
         lost.unlink()
-    copies = {**MULTILABEL, "train": {**MULTILABEL["train"], "shard": False}}
-    resumed = train_model(run_config(rows, tmp_path, "run", **copies))
+    resumed = train_model(run_config(rows, tmp_path, "run", **{**MULTILABEL, "train": {**own, "num_workers": 2}}))
     assert resumed.trained_epochs == 1
     assert resumed.history[:2] == whole.history[:2]
     for name, value in whole.history[2].items():
         assert resumed.history[2][name] == (None if value is None else pytest.approx(value, rel=1e-3)), name
     assert resumed.history[2]["train_loss"] != pytest.approx(whole.history[1]["train_loss"], rel=1e-2)
-    assert_it_scores(resumed.bundle, rows, tmp_path)
+    check_it_learned(resumed, rows, tmp_path / "copied")
 
 
 def test_no_process_starts_that_has_nothing_to_do(ray_cluster: None) -> None:
