@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pandas  # noqa: F401  pyarrow imports it at the first array of a process, which would be in each fork
 import pyarrow as pa
 
 from mmray.bundle import load_bundle
