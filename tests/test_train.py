@@ -114,6 +114,14 @@ def test_a_finished_run_is_returned_and_an_interrupted_one_ends_the_same(
     check_it_ends_the_same(saved_often, rows, tmp_path / "in", IN_THE_FOURTH)
 
 
+def test_what_a_callback_raises_is_no_fault_of_the_machine(rows: Path, tmp_path: Path) -> None:
+    def start(epochs: int, done: int) -> None:
+        raise LookupError("of the caller's own")
+
+    with pytest.raises(LookupError):
+        train_model(run_config(rows, tmp_path, "run"), on_start=start)
+
+
 def test_a_number_is_learned_and_what_was_learned_scores(rows: Path, tmp_path: Path) -> None:
     check_it_learned(train_model(run_config(rows, tmp_path, "run", **REGRESSION)), rows, tmp_path)
 

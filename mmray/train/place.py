@@ -76,13 +76,7 @@ def place_for(config: Config, tables: Tables) -> Iterator[Place]:
         MmrayError: what stopped it there.
     """
     if runs_here(config, tables):
-        try:
-            yield Here()
-        except (MmrayError, AssertionError):
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise EnvironmentFaultError(f"training stopped: {what}; {RESUMES}") from error
+        yield Here()
         return
     with cluster(max(config.train.max_workers, local_cpus())):
         try:
@@ -114,7 +108,7 @@ class Here:
         level = log.level
         log.setLevel(logging.WARNING)  # it asks to report trouble with this mode
         try:
-            with torch.random.fork_rng(devices=[]):
+            with _faults_told(), torch.random.fork_rng(devices=[]):
                 scaling = ray.train.ScalingConfig(num_workers=0)  # Ray Train's way to say: in this process
                 show = shown(on_epoch)
                 ray.train.torch.TorchTrainer(lambda: train_worker(settings, show), scaling_config=scaling).fit()
@@ -123,8 +117,20 @@ class Here:
             torch.set_num_threads(threads)
 
     def _each(self, work: Work) -> Iterator[Any]:
-        with ThreadPoolExecutor(local_cpus()) as pool:
+        with _faults_told(), ThreadPoolExecutor(local_cpus()) as pool:
             yield from pool.map(lambda piece: work.function(slices_to_arrow([piece]), *work.arguments), work.slices)
+
+
+@contextmanager
+def _faults_told() -> Iterator[None]:
+    """Has what this machine fails at end a run as a cluster's failure does."""
+    try:
+        yield
+    except (MmrayError, AssertionError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise EnvironmentFaultError(f"training stopped: {what}; {RESUMES}") from error
 
 
 class OnCluster:
