@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from faults import faulty, s3_on_loopback, upload
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, COMMAND, NODE, wait_for
+from processes import ALONE, COMMAND, HEAD, NODE, wait_for
 
 from mmray.options import ScoreConfig
 from mmray.parquet import from_parquet
@@ -120,9 +120,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self._folder = tempfile.TemporaryDirectory(prefix="mmray-", dir="/tmp")
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": self._folder.name, **NODE}
-        )
+        head = {"num_cpus": 0, "temp_dir": self._folder.name, **HEAD}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
             self.add()
 
@@ -246,7 +245,7 @@ class Job:
             assert time.monotonic() < self._deadline, "it does not end"
             if self._process.poll() is not None and self._ended():
                 return False
-            time.sleep(0.02)
+            time.sleep(0.05)
         return True
 
     def actor(self, chance: random.Random) -> None:

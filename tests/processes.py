@@ -18,6 +18,8 @@ COMMAND = [sys.executable, "-m", "mmray.cli"]
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
 NODE |= {"include_log_monitor": False, "no_monitor": True}
 """Of a Ray cluster of several nodes on this machine, to whose logs nobody listens, and which does not grow."""
+HEAD = {**NODE, "_system_config": {"prestart_worker_first_driver": False}}
+"""Of its head: as `mmray.cluster` has it, no process starts before somebody needs it."""
 
 
 def mmray(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

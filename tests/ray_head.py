@@ -32,7 +32,8 @@ class Head:
         self.token = secrets.token_hex(16)
         self._folder = Path(tempfile.mkdtemp(prefix="mmray-", dir="/tmp"))  # short, for the paths of its sockets
         # `python` is the one that runs this.
-        self.env = {**ALONE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0"}
+        self.env = {**ALONE, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        self.env |= {"RAY_prestart_worker_first_driver": "0"}  # no process before somebody needs it
         self.env |= {"RAY_DASHBOARD_ADDRESS": self.url, "PATH": f"{BIN}:{self.env['PATH']}", **env}
         self._port = free_port()
         command = ["--head", f"--num-cpus={num_cpus}", f"--port={self._port}", "--dashboard-host=127.0.0.1"]
