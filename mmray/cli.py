@@ -30,7 +30,7 @@ def run() -> None:
 
 
 def _keep_the_terminal() -> None:
-    """Leaves it to our own messages.
+    """Leaves the terminal to our own messages.
 
     Ray's core and image decoders write to descriptor 2 behind our back, and Ray's driver prints on stdout what nodes
     report of processes that ended, whatever `log_to_driver` says.

@@ -17,6 +17,6 @@ def to_parquet(table: pa.Table, **options: Any) -> bytes:
 def from_parquet(data: bytes) -> pa.Table:
     """Returns the table of a parquet file.
 
-    Not by `read_table`: a thread of it may let go of the bytes last, and where Python has ended by then, abort it.
+    In this thread alone: another may let go of the bytes last, and where Python has ended by then, it is aborted.
     """
-    return pq.ParquetFile(pa.BufferReader(data)).read()
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

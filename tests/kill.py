@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from faults import faulty, s3_on_loopback, upload
 from models import colour_table, saved_bundle, score_in_process
-from processes import ALONE, COMMAND, HEAD, NODE, wait_for
+from processes import ALONE, COMMAND, HEAD, NODE, read, wait_for
 
 from mmray.options import ScoreConfig
 from mmray.parquet import from_parquet
@@ -341,7 +341,7 @@ class Job:
             self._begin()
             return False
         assert self._run.exits[-1] == 0, self._said()
-        assert "(raylet" not in self._said(), "others say something in its place"
+        assert "(raylet" not in (said := self._said()), f"others say something in its place: {said}"
         return True
 
     def _said(self) -> str:
@@ -370,14 +370,6 @@ def scored_rows(output: str) -> Iterator[tuple[int, str]]:
     for key in store.list("data"):
         for row in from_parquet(store.read(key)).to_pylist():
             yield row["id"], repr(row)
-
-
-def read(path: Path) -> bytes:
-    """What a process's file says, nothing where it has ended."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
 
 
 def parts_of(output: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # A process of its own starts a cluster of its own: nothing of one in this process is handed down.
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-ALONE |= {"RAY_USAGE_STATS_ENABLED": "0"}  # and nobody is told of it
+ALONE |= {"RAY_USAGE_STATS_ENABLED": "0"}  # no statistics of use
 COMMAND = [sys.executable, "-m", "mmray.cli"]
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "dashboard_agent_listen_port": 0}
 NODE |= {"include_log_monitor": False, "no_monitor": True}
@@ -106,6 +106,14 @@ def check_interruptions(output: Path, command: list[object], slices: int) -> Non
     scored = int(re.findall(rf"(\d+) of {slices} slices", finished.stdout)[0])
     assert 0 < scored <= slices - committed, "processes that outlived their driver may have done some more"
     assert mmray("verify", output, "--level", "2").returncode == 0
+
+
+def read(path: Path) -> bytes:
+    """What a process's file says, nothing where it has ended."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:

@@ -1,4 +1,4 @@
-"""What a user sees of scoring on a cluster of its own: hostile rows, a start that is late, stops and deaths."""
+"""Scoring as a user meets it: hostile rows, a cluster that starts late, stops and deaths on one, a run that is done."""
 
 import os
 import signal

@@ -6,7 +6,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from processes import wait_for
 from ray_head import Head, running_head
 from render import render
 
+from mmray.parquet import from_parquet
 from mmray.schedule.published import read_published
 from mmray.score.verify import verify_output
 from mmray.store import open_store
@@ -168,6 +168,6 @@ def test_three_nodes_train_score_and_publish_every_night_whatever_happens_to_a_t
     for published in (first, second):
         (run,) = published.runs
         assert verify_output(f"{deployment.published}/{run}", 2).passed
-        parts = [pq.read_table(BytesIO(open_store(deployment.published).read(part.key))) for part in published.parts]
+        parts = [from_parquet(open_store(deployment.published).read(part.key)) for part in published.parts]
         assert [row for part in parts for row in part["id"].to_pylist()] == ids
     assert first.identity != second.identity

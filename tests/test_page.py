@@ -1,4 +1,4 @@
-"""The endpoint's page in a real browser: an item, a table, a token, a phone, a keyboard; test_serve.py: by Serve."""
+"""The endpoint's page in a real browser: an item, a table, a token, a phone, a keyboard; without Serve."""
 
 import csv
 import json

@@ -239,7 +239,7 @@ def pids(words: str) -> set[int]:
     return {int(pid) for pid, _, command in found if int(pid) in family and words in command}
 
 
-PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).wait())"
+PARENT = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 
 def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
@@ -251,10 +251,12 @@ def test_haproxy_ends_with_what_started_it(tmp_path: Path) -> None:
     )
     with haproxy(ServeConfig(port=free_port())) as folder:
         command = [sys.executable, "-c", PARENT, f"{folder}/haproxy", "-db", "-f", str(config)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
-            wait_for(lambda: address in listening() or parent.poll() is not None)
-            assert address in listening()
-            parent.kill()
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as parent:
+            try:
+                wait_for(lambda: address in listening() or parent.poll() is not None)
+                assert address in listening()
+            finally:
+                parent.kill()
         wait_for(lambda: address not in listening())
 
 
@@ -280,7 +282,8 @@ def test_the_command_answers_over_https_counts_and_ends_when_it_is_told_to(
         ready = run.stdout.readline()
         assert ready.startswith(f"ready at {url}; metrics for Prometheus at http://")
         with httpx.Client(base_url=url, verify=trust) as client:
-            assert "<title>" in client.get("/").raise_for_status().text, "the page, of which test_page.py is"
+            for part in ("/", "/page.css", "/page.js"):  # which test_page.py tries
+                assert client.get(part).raise_for_status().content
             assert client.post("/v1/score", json={"text": "red"}).status_code == 401
             client.headers["Authorization"] = "Bearer hush"
             assert client.post("/v1/score", json={"items": [{"text": "red"}] * 3}).status_code == 200

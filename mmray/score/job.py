@@ -57,7 +57,7 @@ class ScoreResult:
         store = open_store(self.output)
         files = (store.open(key) for key in store.list("data"))
         try:
-            # In one thread; see `mmray.parquet.from_parquet`, which would read a column that is not there as none.
+            # Decoded in this thread, as `mmray.parquet.from_parquet` does, to which a column that is not there is none.
             tables = [pq.read_table(file, columns=columns, use_threads=False) for file in files]
             return pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:

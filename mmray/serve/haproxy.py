@@ -90,11 +90,12 @@ def _variables(folder: Path, settings: ServeConfig) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Returns a port of loopback that nobody listens on, and that no connection from here will take.
+    """Returns a port of loopback that nobody listens on, and that no connection from here takes by default.
 
     Raises:
         EnvironmentFaultError: there is none.
     """
+    # Not by a generator that somebody seeds: two processes would choose the same.
     for port in secrets.SystemRandom().sample(PORTS, len(PORTS)):
         with suppress(OSError), socket.socket() as free:
             free.bind((INSIDE, port))

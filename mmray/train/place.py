@@ -73,7 +73,7 @@ def place_for(config: Config, tables: Tables) -> Iterator[Place]:
     """Yields where a run does its work.
 
     Raises:
-        MmrayError: what stopped it there.
+        MmrayError: what stopped it there, from the block or from what the place does.
     """
     if runs_here(config, tables):
         yield Here()
@@ -123,7 +123,7 @@ class Here:
 
 @contextmanager
 def _faults_told() -> Iterator[None]:
-    """Has what this machine fails at end a run as a cluster's failure does."""
+    """Raises what fails in this process as the error that a cluster's failure is."""
     try:
         yield
     except (MmrayError, AssertionError):

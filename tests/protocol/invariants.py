@@ -1,13 +1,11 @@
 """What must hold of an output at every moment, however it came about."""
 
 import hashlib
-import io
 import json
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from mmray.errors import EnvironmentFaultError, OutputConflictError
+from mmray.parquet import from_parquet
 from mmray.score.commit import METADATA_KEY
 
 from .code import OUTPUT, ROWS_PER_SLICE, Code, Ended, Node, Program
@@ -124,7 +122,7 @@ class Invariants:
 
     def _file(self, blob: bytes) -> tuple[dict[str, Any], list[int], Any]:
         if blob not in self._files:
-            table = pq.read_table(io.BytesIO(blob))
+            table = from_parquet(blob)
             note = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
             self._files[blob] = note, table["id"].to_pylist() if "id" in table.schema.names else [], table
         return self._files[blob]
