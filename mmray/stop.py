@@ -5,6 +5,7 @@ nothing could be finished, once is enough.
 """
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,8 +19,8 @@ from mmray.errors import EnvironmentFaultError
 GRACE_S = 20.0  # of the 30 that Kubernetes gives by default
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 NUDGE, NUDGE_S = signal.SIGURG, 0.2
-"""A signal that says nothing, and how often it is sent after a request. Of one that comes as the main thread is about
-to wait for a lock, the handler runs with the next one only."""
+"""A signal that says nothing, and how often it is sent after another. Of one that comes as the main thread is about to
+wait for a lock, the handler runs with the next one only; that it came, Python writes to a descriptor at once."""
 RESUMES = "what is done is kept, the same command continues"
 
 
@@ -30,6 +31,8 @@ class Stop:
         self._finish = finish
         self._signal: signal.Signals | None = None
         self._asked, self._turn, self._over = threading.Event(), threading.Lock(), False
+        self._came, self.bell = socket.socketpair()
+        self.bell.setblocking(False)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Is the handler of Ctrl-C, SIGTERM, and the alarm that comes after it."""
@@ -42,7 +45,18 @@ class Stop:
 
     def wait(self) -> None:
         """Has what is at work finished once there is a request, and then sends the signal again."""
-        self._asked.wait()
+        with self._came:
+            self._listen()
+            self._pass_on()
+
+    def _listen(self) -> None:
+        """Returns when there is a request, or none will come."""
+        while not self._asked.is_set():
+            came = self._came.recv(1)  # nothing at the end
+            while came and came[0] in SIGNALS and not self._asked.wait(NUDGE_S) and self._send(NUDGE):
+                pass
+
+    def _pass_on(self) -> None:
         if self._signal is None:
             return
         again = "; Ctrl-C again stops at once" if self._signal == signal.SIGINT else ""
@@ -69,6 +83,7 @@ class Stop:
         with self._turn:
             self._over = True
         self._asked.set()
+        self.bell.close()
 
 
 @contextmanager
@@ -87,11 +102,13 @@ def stoppable(finish: Callable[[], None]) -> Iterator[None]:
         return
     stop = Stop(finish)
     threading.Thread(target=stop.wait, daemon=True).start()
+    descriptor = signal.set_wakeup_fd(stop.bell.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
     before[NUDGE] = signal.signal(NUDGE, lambda *_: None)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(descriptor)
         stop.end()
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
