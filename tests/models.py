@@ -1,5 +1,6 @@
 """Small models and tables that several tests use."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mmray.bundle import Bundle, save_bundle
+from mmray.bundle import Bundle, load_bundle, save_bundle
 from mmray.config import Config
 from mmray.config_file import parse_config
 from mmray.model import FusionModel
@@ -66,6 +67,14 @@ def with_golden(bundle: Bundle, table: Path) -> Bundle:
 def saved_bundle(folder: Path, table: Path, seed: int = 0) -> str:
     """Saves an untrained model with golden rows from a table, the same for the same seed; returns where it is."""
     save_bundle(with_golden(small_bundle(seed=seed), table), str(folder))
+    return str(folder)
+
+
+def with_other_scores(bundle: str, folder: Path) -> str:
+    """Saves a bundle whose weights do not give its golden rows their scores; returns where it is."""
+    loaded = load_bundle(bundle)
+    weights = {**loaded.weights, "head._linear.weight": loaded.weights["head._linear.weight"].flip(0).contiguous()}
+    save_bundle(dataclasses.replace(loaded, weights=weights), str(folder))
     return str(folder)
 
 

@@ -1,6 +1,5 @@
 """Scoring without Ray, by processes of this machine: the same files, and what is killed is replaced."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import score_in_process
+from models import score_in_process, with_other_scores
 from processes import check_interruptions, mmray, num_parts, pid_at_work, started, wait_for
 
-from mmray.bundle import load_bundle, save_bundle
 from mmray.errors import ConfigError
 from mmray.options import ScoreConfig
 from mmray.score.local import MAX_ROWS, scores_here, share
@@ -164,10 +162,8 @@ def test_ctrl_c_while_processes_start_ends_the_run_at_once_as_at_any_time(
 
 
 def test_what_stops_a_process_is_said_in_its_own_words(rows: Path, bundle: str, tmp_path: Path) -> None:
-    loaded = load_bundle(bundle)
-    weights = {**loaded.weights, "head._linear.weight": loaded.weights["head._linear.weight"].flip(0).contiguous()}
-    save_bundle(dataclasses.replace(loaded, weights=weights), str(tmp_path / "other"))
-    run = mmray("score", tmp_path / "other", rows, tmp_path / "out", "--local")
+    other = with_other_scores(bundle, tmp_path / "other")
+    run = mmray("score", other, rows, tmp_path / "out", "--local")
     assert run.returncode == 2
     assert "golden rows come out" in run.stderr
     assert "Traceback" not in run.stderr

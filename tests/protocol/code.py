@@ -5,7 +5,6 @@ answer yet, once for each sequence of answers; what came of it is kept in a tree
 position in that tree for each process, and the search costs look-ups, while no line of the protocol is written twice.
 """
 
-import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +16,10 @@ from unittest import mock
 
 import obstore.exceptions as oe
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import mmray.store
 from mmray.options import ScoreConfig
+from mmray.parquet import to_parquet
 from mmray.score import attempts, commit, job
 from mmray.score.attempts import Attempts
 from mmray.score.commit import Manifest, Output, Receipt, receipt_from_row, receipts_to_arrow
@@ -265,9 +264,7 @@ def manifest_once(manifest: Manifest) -> bytes:
 
 def table_bytes(slices: int, first: int = 0) -> bytes:
     """Returns the input table as a file; another `first` gives what it is changed to."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(first, first + slices * ROWS_PER_SLICE))}), buffer)
-    return buffer.getvalue()
+    return to_parquet(pa.table({"id": list(range(first, first + slices * ROWS_PER_SLICE))}))
 
 
 def make_plan(slices: int, table: bytes, number: int) -> Plan:

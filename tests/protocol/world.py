@@ -3,15 +3,14 @@
 Nothing here knows the protocol. A state is a bucket, where each process stands, and what may still go wrong.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mmray.parquet import to_parquet
 from mmray.score.commit import METADATA_KEY, part_key
 
 from .code import OUTPUT, TABLE, Code, Ended, Node, Program, Raise, tag_of
@@ -195,9 +194,7 @@ def _strange(plan_hash: str) -> bytes:
         ledger = {"rows": 2, "statuses": {"ok": 2}, "modalities": {"text": 2}, "histogram": [2] + [0] * 19}
         note = {"plan_hash": plan_hash, "slice": 0, "ledger": ledger}
         table = pa.table({"id": [0]}).replace_schema_metadata({METADATA_KEY: json.dumps(note).encode()})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
+    return to_parquet(table)
 
 
 def _orphaned(processes: list[Process], numbers: set[int]) -> tuple[Process, ...]:
